@@ -93,8 +93,10 @@ def _first(node: ast.stmt) -> int:
 
 
 def in_order(tests: Iterable[str], seconds: dict[str, float], file: str, budget: float) -> list[str]:
-    """Tests of at most ``budget`` seconds in all: those of the module's own folder first, then those of files that
-    are named like it. A first round takes the fastest of each file, a second round what is left.
+    """Order the tests of a module and cut them to ``budget`` seconds in all.
+
+    Those of the module's own folder come first, then those of files that are named like it. A first round takes
+    the fastest test of each file, a second round takes the rest.
     """
     words = set(Path(file).stem.strip("_").split("_"))
 
@@ -198,7 +200,7 @@ def _kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-# --- mutants --------------------------------------------------------------------------------------------------------
+# --- mutants ---
 
 
 def _drawn(work: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -278,7 +280,7 @@ def _try(mutant: dict[str, Any], rooms: list[Executed], budget: float) -> dict[s
             "seconds": taken, "diff": diff}  # fmt: skip
 
 
-# --- in a fork ------------------------------------------------------------------------------------------------------
+# --- in a fork ---
 
 
 def _forked(function: Callable[[], Any], limit: float) -> Any:

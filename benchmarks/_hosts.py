@@ -84,7 +84,7 @@ def _declare_vision_operators() -> None:
     _declared = library
 
 
-# --- where hosts come from -----------------------------------------------------------------------------------------------
+# --- where hosts come from ---
 
 
 def _timm(model: str, native: int = 224, small: int = 32, fixed: bool = False, sizes: Any = None, rate: float = 1e-3) -> Host:  # fmt: skip
@@ -127,7 +127,7 @@ def _hf(name: str, head: str, config: str, kind: str, native: int = 64, rate: fl
     return Host(f"transformers/{name}", "transformers", make, kind, native, native // 2, sizes, rate)
 
 
-# --- hosts of our own, each written as its paper has it --------------------------------------------------------------------
+# --- hosts of our own, each written as its paper has it ---
 
 
 class _LoRA(nn.Module):
@@ -359,7 +359,7 @@ def available() -> dict[str, bool]:
     return {name: importlib.util.find_spec(name) is not None for name in sorted({h.library for h in hosts()})}
 
 
-# --- data ------------------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 def class_counts(host: Host) -> tuple[int, ...]:
@@ -417,7 +417,7 @@ def value_of(host: Host, model: nn.Module, data: Any) -> Tensor:
     )
 
 
-# --- labels, by training alone ---------------------------------------------------------------------------------------------
+# --- labels, by training alone ---
 
 
 def train(host: Host, steps: int = STEPS) -> dict:

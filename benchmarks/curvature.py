@@ -56,7 +56,7 @@ def figures() -> list[dict]:
     return [*_ends(), *cases, *_rows_side_by_side()]
 
 
-# --- both ends ------------------------------------------------------------------------------------------------------
+# --- both ends ---
 
 
 def _ends() -> list[dict]:
@@ -143,7 +143,7 @@ def _pyhessian(model: nn.Module, x: torch.Tensor, y: torch.Tensor, truth: np.nda
     }  # fmt: skip
 
 
-# --- a product ------------------------------------------------------------------------------------------------------
+# --- a product ---
 
 
 def _cases():
@@ -190,7 +190,7 @@ def _product(name: str, model: nn.Module, batch, bound: float, repeats: int = 40
     }  # fmt: skip
 
 
-# --- a map ----------------------------------------------------------------------------------------------------------
+# --- a map ---
 
 
 def _map_cases():

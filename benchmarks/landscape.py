@@ -78,7 +78,7 @@ def gpt() -> tuple[nn.Module, tuple, Callable, float]:
     return model, data, F.cross_entropy, 2 * tokens * sum(p.numel() for p in model.parameters())
 
 
-# --- the three ways ------------------------------------------------------------------------------------------------
+# --- the three ways ---
 
 
 def by_loss_landscapes(model: nn.Module, data: tuple, loss: Callable) -> Callable[[int], object] | None:
@@ -173,7 +173,7 @@ def sgemm_peaks(n: int = 2048) -> dict[str, float]:
     return found
 
 
-# --- the figures ---------------------------------------------------------------------------------------------------
+# --- the figures ---
 
 
 def figures() -> list[dict]:

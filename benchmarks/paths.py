@@ -69,7 +69,7 @@ def _interleaved(
     return statistics.median(calls), statistics.median(plains)
 
 
-# --- memory, each in a process of its own ------------------------------------------------------------------------------
+# --- memory, each in a process of its own ---
 
 
 def _memory() -> list[dict]:
@@ -109,7 +109,7 @@ def _measure(what: str, depth: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-# --- the split and importance ------------------------------------------------------------------------------------------
+# --- the split and importance ---
 
 
 def _splits() -> list[dict]:

@@ -48,7 +48,7 @@ def specifications() -> list[dict]:
     ]
 
 
-# --- the networks -----------------------------------------------------------------------------------------------------
+# --- the networks ---
 
 
 class Block(nn.Module):
@@ -108,7 +108,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return (x - x.mean()) / x.std(), torch.tensor(arrays[1].astype("int64"))
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels ---
 
 
 def train(spec: dict) -> dict:
@@ -164,7 +164,7 @@ def label(path: str) -> None:
     Path(path).write_text(json.dumps(content))
 
 
-# --- the verdict against the labels -----------------------------------------------------------------------------------
+# --- the verdict against the labels ---
 
 
 def figures() -> list[dict]:

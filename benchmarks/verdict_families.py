@@ -71,7 +71,7 @@ def specifications(draw: int = DRAW) -> list[dict]:
     return found
 
 
-# --- the networks -----------------------------------------------------------------------------------------------------
+# --- the networks ---
 
 
 def _activation(name: str) -> nn.Module:
@@ -238,7 +238,7 @@ def network(spec: dict) -> nn.Module:
     ](spec)
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels ---
 
 
 def train(spec: dict) -> dict:
@@ -302,7 +302,7 @@ def label(path: Path = LABELS, draw: int = DRAW) -> None:
         path.write_text(f'{json.dumps(head)[:-1]}, "networks": [\n{lines}\n]}}\n')
 
 
-# --- the verdict against the labels -----------------------------------------------------------------------------------
+# --- the verdict against the labels ---
 
 
 def figures() -> list[dict]:

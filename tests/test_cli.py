@@ -129,7 +129,7 @@ BAD = {
     "no grid": (["landscape", "mine:make", "--data", "mine:batch", "--grid", "9y5"], "51x31"),
     "no line": (
         ["landscape", "mine:make", "--data", "mine:batch", "--grid", "9x5", "--line"],
-        "this is no grid",
+        "this is not a grid",
     ),
     "nothing saved": (["show", "nowhere.json"], "nowhere.json"),
     "no such loss of one's own": (

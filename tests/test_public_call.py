@@ -43,7 +43,7 @@ def _state(model: nn.Module) -> list[Any]:
     return [bits, hooks, modes, numbers, torch.is_grad_enabled(), torch._C._len_torch_function_stack()]
 
 
-# --- Ctrl-C -----------------------------------------------------------------------------------------------------
+# --- Ctrl-C ---
 
 
 def _interrupted(call: Callable[..., Any], seconds: float) -> tuple[bool, list[Any], list[Any]]:
@@ -234,7 +234,7 @@ def test_ctrl_c_while_a_call_waits_for_its_turn():
     turn.release()
 
 
-# --- threads ----------------------------------------------------------------------------------------------------
+# --- threads ---
 
 
 def _in_threads(works: list[Callable[[], Any]]) -> list[Any]:

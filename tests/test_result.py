@@ -177,7 +177,7 @@ def test_a_narrow_terminal_cuts_no_word_into_pieces():
     assert all(word in text for word in ("boundary", "activation", "layers.0", "0.0300"))
 
 
-# --- tables in other formats, files that changed -----------------------------------------------------------------------
+# --- tables in other formats, files that changed ---
 
 
 def test_a_table_in_every_format(tmp_path):

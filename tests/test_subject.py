@@ -149,7 +149,7 @@ def test_an_error_of_the_objective_is_its_own():
         ss.gradient_flow(Net(), (X, Y), ss.objective(broken))
 
 
-# --- datasets ---------------------------------------------------------------------------------------------------
+# --- datasets ---
 
 
 class Pairs(Dataset):
@@ -169,7 +169,7 @@ def test_a_dataset_is_told_how_to_become_batches(data, call):
     assert ss.gradient_flow(Net(), DataLoader(data, batch_size=32), F.cross_entropy).loss > 0
 
 
-# --- once -------------------------------------------------------------------------------------------------------
+# --- once ---
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_value_residual_on_tokens():
     check_shortcut(sn.ValueResidual(WIDTH, 3, 2), torch.randn(2, 5, WIDTH))
 
 
-# --- each clause can fail ---------------------------------------------------------------------------------------
+# --- each clause can fail ---
 
 
 class Block(sn.Connection):
@@ -577,7 +577,7 @@ def test_sound_blocks_of_other_libraries_are_not_refused(blocks, library, count)
     assert not refused and checked == count
 
 
-# --- further mistakes, and sound blocks ---------------------------------------------------------------------------
+# --- further mistakes, and sound blocks ---
 
 
 class InAList(nn.Module):

@@ -130,7 +130,7 @@ def _watched(model: nn.Module, data: Any, loss: Any) -> None:
 _add_what_is_new()
 
 
-# --- the check --------------------------------------------------------------------------------------------------
+# --- the check ---
 
 
 def state_of(*things: Any) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [path for path in before.keys() | after.keys() if before.get(path, ...) != after.get(path, ...)]
 
 
-# --- endings ----------------------------------------------------------------------------------------------------
+# --- endings ---
 
 
 class Planted(Exception):
@@ -318,7 +318,7 @@ def test_every_public_function_is_on_the_list():
     assert set(ss.__all__) - HARMLESS <= set(CALLS)
 
 
-# --- the check can fail -----------------------------------------------------------------------------------------
+# --- the check can fail ---
 
 
 PLANTED = {

@@ -100,7 +100,7 @@ class Net(nn.Module):
         return self.head(x)
 
 
-# --- shapes of networks -----------------------------------------------------------------------------------------
+# --- shapes of networks ---
 
 
 @animal()
@@ -227,7 +227,7 @@ class mixture_of_experts(Net):
         return self.head(x + out)
 
 
-# --- sharing and freezing ---------------------------------------------------------------------------------------
+# --- sharing and freezing ---
 
 
 @animal()
@@ -300,7 +300,7 @@ def norms_frozen_inside_a_training_model():
     return model
 
 
-# --- what changes in a forward pass -----------------------------------------------------------------------------
+# --- what changes in a forward pass ---
 
 
 @animal()
@@ -482,7 +482,7 @@ class leaves_its_gradient_context(Net):
             return self.head(x + self.blocks[1](x))
 
 
-# --- hooks ------------------------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 @animal()
@@ -514,7 +514,7 @@ def state_dict_hooks():
     return model
 
 
-# --- parametrizations and other machinery -----------------------------------------------------------------------
+# --- parametrizations and other machinery ---
 
 
 @animal()
@@ -725,7 +725,7 @@ class raises_on_its_second_call(Net):
         return super().forward(x)
 
 
-# --- precisions -------------------------------------------------------------------------------------------------
+# --- precisions ---
 
 
 @animal(lambda: _rows(torch.float64))
@@ -772,7 +772,7 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 
-# --- inputs and outputs -----------------------------------------------------------------------------------------
+# --- inputs and outputs ---
 
 
 @animal(lambda: ((_rows()[0], _rows()[0] * 2), _rows()[1]))

@@ -135,7 +135,7 @@ def _run_shell(code: str) -> str:
     return done.stdout
 
 
-# --- in Sphinx
+# --- in Sphinx ---
 
 
 def _shown(printed: str, value: Any) -> str:

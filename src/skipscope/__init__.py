@@ -21,8 +21,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# `report` draws results, and stores are read by the packages that wrote them: no other lower package knows a
-# higher one.
+# `report` draws results, and stores are read by the packages that wrote them. These are the only two places
+# where a lower package uses a higher package.
 _result.register_drawer("skipscope.report")
 _result.register_reader("skipscope.surfaces:read_store")
 _result.register_reader("skipscope.monitor:read_history")

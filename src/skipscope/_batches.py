@@ -1,7 +1,7 @@
-"""What data is: a batch, several batches, and the tensors in them.
+"""Data as a batch or several batches, and the tensors in them.
 
-A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any
-other re-iterable of batches. A list or tuple is always one batch; what could be read as either is refused.
+A *batch* is ``(inputs, target)`` or a Mapping that is passed to the model as keywords; *data* is a batch or a
+re-iterable of batches. A list or tuple is always a single batch; ambiguous data is refused.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ Part = TypeVar("Part")
 
 
 class Batches:
-    """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states
-    as they are.
+    """Re-iterable batches; iteration leaves the global random states unchanged.
 
     Args:
-        items: a list, or what makes a new iterator for each pass.
-        single: one batch, which needs no averaging.
-        operation: named in errors.
-        cuttable: the user did not say that each batch is one as it is (``ss.batches`` says so).
+        items: list, or an object that returns a new iterator for each pass.
+        single: whether there is only one batch, which needs no averaging.
+        operation: public call, named in errors.
+        cuttable: whether batches may be split; those of ``ss.batches`` may not.
 
     Raises:
-        SkipscopeError: while iterating, at the end of a pass that has not as many batches as the one before.
+        SkipscopeError: while iterating, if a pass has fewer or more batches than the previous pass.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Batches:
         cuttable: bool = True,
     ):
         self.items, self.single, self.operation, self.cuttable = items, single, operation, cuttable
-        # Of anything else it is not known whether a second iterator begins where the first one did.
+        # For any other iterable, a second iterator may not start where the first one did.
         self._restarts = isinstance(items, list | tuple) or (
             isinstance(items, DataLoader) and not isinstance(getattr(items, "dataset", None), IterableDataset)
         )
@@ -76,7 +75,7 @@ class Batches:
         self._length = count
 
     def peek(self, count: int) -> list[Batch]:
-        """The first batches, at most ``count``; the next pass begins with the same ones, also on a stream."""
+        """The first ``count`` batches or fewer; the next pass repeats them, even on a stream."""
         if self._restarts:
             return list(islice(self, count))
         if self._rest is None:
@@ -90,18 +89,19 @@ class Batches:
             self._known_first = self.peek(1)[0]
         return self._known_first
 
-    start = 0  # the number of this process's first batch
+    # Index of this process's first batch.
+    start = 0
 
     def turns(self) -> Iterator[tuple[Batch, bool]]:
-        """Every batch to run in a pass, and whether it counts."""
+        """Iterate over the batches to run in a pass, each with whether it counts."""
         return ((batch, True) for batch in self)
 
     def together(self, part: Part, error: Exception | None = None) -> list[Part]:
-        """What each process made of its batches: this one has them all."""
+        """The results of all processes: here this process's alone, which has all batches."""
         return [part]
 
     def defer(self, error: Exception) -> Exception:
-        """What becomes of an error in a pass: there is nobody to wait for."""
+        """Raise an error at once, because no other process takes part in the pass."""
         raise error
 
     def hash(self) -> str:
@@ -109,9 +109,7 @@ class Batches:
         return hash_of(t for batch in self for t in tensors_in(batch))
 
     def copied(self) -> Batches:
-        """The same batches, with tensors of their own at each reading: for a model that writes into its
-        inputs.
-        """
+        """The same batches with tensors copied at each reading, for a model that writes into its inputs."""
         return Batches(_Copied(self.items), single=self.single, cuttable=self.cuttable)
 
 
@@ -124,7 +122,7 @@ class _Copied:
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:
-    """A hash of tensors' shapes, dtypes and bits; of whole ones where they are spread over ranks."""
+    """Hash the shapes, dtypes and bits of tensors; sharded tensors are hashed whole."""
     digest = hashlib.blake2b(digest_size=16)
     for t in tensors:
         for part in strided_parts(whole(t.detach())):
@@ -135,9 +133,9 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
 
 
 def batches(items: Sequence[Batch]) -> Batches:
-    """Say that a list is a list of batches (a bare list or tuple is always one batch).
+    """Mark a list as a list of batches (a plain list or tuple is always a single batch).
 
-    Each is used as it is: none is cut into smaller ones. Local.
+    Batches are never split into smaller batches. Local.
 
     Args:
         items: batches, each ``(inputs, target)`` or a Mapping.
@@ -161,32 +159,35 @@ def batches(items: Sequence[Batch]) -> Batches:
 
 
 def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches:
-    """Read ``data`` as definitions.md says, or refuse with the cure.
+    """Read ``data`` as a batch or batches, or raise an error with a cure.
 
     Args:
-        data: one batch, or a re-iterable of batches.
-        operation: named in errors.
-        any_shape: the loss is an ``@objective``, which may take a batch of any form.
+        data: a batch, or a re-iterable of batches.
+        operation: public call, named in errors.
+        any_shape: whether the loss is an ``@objective``, which may take a batch of any form.
     """
     if isinstance(data, Batches):
         return data
     if isinstance(data, Tensor | Mapping):
         if isinstance(data, Tensor) and not any_shape:
             raise SkipscopeError(
-                operation, "the data is a bare tensor, and nothing says what the target is",
+                operation,
+                "the data is a bare tensor, and nothing says what the target is",
                 expected="(inputs, target), a Mapping, or a re-iterable of these",
                 got=f"a tensor of shape {tuple(data.shape)}",
                 cure="pass (inputs, target), or wrap the loss: @ss.objective on f(model, batch)",
-            )  # fmt: skip
+            )
         return Batches([data], single=True)
     if isinstance(data, list | tuple):
         return Batches([_one_batch(data, operation, any_shape)], single=True)
     if _is_dataset(data):
         raise SkipscopeError(
-            operation, "the data is a dataset: it gives samples, not batches",
-            expected="a DataLoader, one batch, or ss.batches([...])", got=type(data).__name__,
+            operation,
+            "the data is a dataset: it gives samples, not batches",
+            expected="a DataLoader, one batch, or ss.batches([...])",
+            got=type(data).__name__,
             cure="torch.utils.data.DataLoader(dataset, batch_size=32)",
-        )  # fmt: skip
+        )
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise SkipscopeError(
             operation,
@@ -213,11 +214,9 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
 
 
 def _is_batch(data: Any, read: Batches) -> bool:
-    """Whether an iterable object is one batch (a graph, an array, a structure that can be unpacked), not a
-    loader.
+    """Whether an iterable object is a batch (a graph, an array, a structure that unpacks), not a loader.
 
-    Loaders do not move to a device, and what they yield are not their own attributes, nor pairs of a name and
-    a value.
+    A loader has no ``to(device)``, and yields neither its own attributes nor pairs of a name and a value.
     """
     if isinstance(data, DataLoader):
         return False
@@ -232,7 +231,7 @@ def _is_batch(data: Any, read: Batches) -> bool:
 
 
 def _is_dataset(data: Any) -> bool:
-    """A map-style dataset of torch's, or one of Hugging Face's."""
+    """Whether ``data`` is a map-style dataset of torch, or a dataset of Hugging Face."""
     torchs = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
     return torchs or (type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "__getitem__"))
 
@@ -262,27 +261,29 @@ def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
         )
     if len(data) != 2 and not any_shape:
         raise SkipscopeError(
-            operation, "a list or tuple is one batch, and a batch has two parts", expected="(inputs, target)",
+            operation,
+            "a list or tuple is one batch, and a batch has two parts",
+            expected="(inputs, target)",
             got=f"a {type(data).__name__} of length {len(data)}",
             cure="for several inputs pass ((x1, x2), target); for several batches ss.batches([...])",
-        )  # fmt: skip
+        )
     return data
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model is called with, where that is positional and keyword arguments.
+    """Positional and keyword arguments of a call of the model.
 
     Attributes:
-        positional: in order.
-        keywords: by name.
+        positional: positional arguments, in order.
+        keywords: keyword arguments by name.
     """
 
     positional: tuple[Any, ...]
     keywords: Mapping[str, Any]
 
     def plain(self) -> Any:
-        """The simplest form of the same call: a tensor, a tuple or a Mapping where these can say it."""
+        """The simplest form of the arguments: a tensor, a tuple or a Mapping if possible."""
         if self.positional and self.keywords:
             return self
         if self.keywords:
@@ -292,11 +293,11 @@ class Arguments:
 
 
 def inputs_of(batch: Batch) -> Any:
-    """What the model is called with for this batch."""
+    """The inputs of a batch, as they are passed to the model."""
     return batch[0] if isinstance(batch, list | tuple) else batch
 
 
-# The most frequent values that hold no tensor.
+# The most frequent types without tensors.
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
 
@@ -304,7 +305,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, Mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if type(value) in _ATOMS:  # the most frequent case; isinstance with Mapping is slow
+    # The most frequent case comes first, because isinstance with Mapping is slow.
+    if type(value) in _ATOMS:
         return []
     if type(value) is tuple or type(value) is list:
         found: list[Tensor] = []
@@ -324,7 +326,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nest with ``function`` applied to every tensor."""
+    """Apply ``function`` to every tensor of a nested structure, and return the new structure."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -335,18 +337,18 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         mapped = copy.copy(value)
         for name in value.__dataclass_fields__:
-            object.__setattr__(mapped, name, map_tensors(getattr(value, name), function))  # it may be frozen
+            # The dataclass may be frozen.
+            object.__setattr__(mapped, name, map_tensors(getattr(value, name), function))
         return mapped
     return value
 
 
 def sample_count(batch: Batch) -> int | None:
-    """How many samples a batch has: the first dimension of its first tensor, which its target must share.
+    """Number of samples of a batch: the first dimension of its first tensor and of its target.
 
     Returns:
-        None where that cannot be seen: no tensor has a dimension, inputs and target disagree (images in a
-        list, tokens
-            flattened in the target alone), or both are lists with an entry a sample.
+        The number, or None if it cannot be inferred: no tensor has a dimension, inputs and target disagree
+        (images in a list, tokens flattened in the target alone), or both are lists of samples.
 
     Example:
         >>> import torch
@@ -378,13 +380,13 @@ def _length(value: Any) -> int | None:
 
 
 def batch_size(batch: Batch) -> int:
-    """How many samples a batch has; 1 where that cannot be seen."""
+    """Number of samples of a batch, or 1 if it cannot be inferred."""
     count = sample_count(batch)
     return 1 if count is None else count
 
 
 def rows(batch: Any, index: Tensor | slice, size: int | None = None) -> Any:
-    """Some samples of a batch of ``size``: tensors of that length are indexed, everything else is kept."""
+    """Select samples of a batch of ``size``: tensors of that length are indexed, other values are kept."""
     n = batch_size(batch) if size is None else size
 
     def some(tensor: Tensor) -> Tensor:
@@ -396,7 +398,7 @@ def rows(batch: Any, index: Tensor | slice, size: int | None = None) -> Any:
 
 
 def target_of(batch: Batch, operation: str = "loss") -> Any:
-    """The second half of a batch; for a Mapping its labels."""
+    """The target of a batch: its second half, or the labels of a Mapping."""
     if isinstance(batch, Mapping):
         for key in ("labels", "label", "target", "targets"):
             if key in batch:

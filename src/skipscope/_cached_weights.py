@@ -1,8 +1,7 @@
-"""Tensors that a model computes from its weights once, in evaluation mode, and keeps: a merged or normalised
-weight.
+"""Caches of tensors that a model computes once from its weights in evaluation mode, e.g. merged weights.
 
-On a copy that moves they would stay those of the first point. A cache that is empty when the call begins is
-emptied before every point; one that is full hides its weights, and the call is refused.
+When the weights of a copy change, a filled cache would be stale. A cache that is empty at the start of a call
+is emptied before every point; a call with a filled cache, which hides its weights, is refused.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Cache:
-    """An attribute that was empty before the first forward pass and holds a tensor after it.
+    """Attribute that is empty before the first forward pass and holds a tensor after it.
 
     Attributes:
-        module: the module's name.
-        name: the attribute's.
-        buffer: it is a buffer.
-        missing: the module had no such attribute; else it was None, or an empty container.
+        module: name of the module.
+        name: name of the attribute.
+        buffer: whether it is a buffer.
+        missing: whether the attribute did not exist before; otherwise it was None or an empty container.
     """
 
     module: str
@@ -43,7 +42,7 @@ class Cache:
 
 
 def caches_filled_by(run: Callable[[], Any], model: nn.Module) -> tuple[Any, list[Cache]]:
-    """What ``run()`` returns, and the caches of ``model`` that it filled."""
+    """Call ``run()``. Returns its result and the caches of ``model`` that it filled."""
     before = {
         where: value is None or (isinstance(value, dict | list) and not value)
         for where, value in _entries(model)
@@ -58,7 +57,7 @@ def caches_filled_by(run: Callable[[], Any], model: nn.Module) -> tuple[Any, lis
 
 
 def empty(model: nn.Module, caches: Iterable[Cache]) -> None:
-    """Empty caches of ``model``, or of a copy of it."""
+    """Empty the given caches of ``model``, or of a copy of it."""
     for cache in caches:
         module = model.get_submodule(cache.module)
         held = module._buffers if cache.buffer else vars(module)
@@ -72,7 +71,7 @@ def empty(model: nn.Module, caches: Iterable[Cache]) -> None:
 
 
 def tensors_kept(model: nn.Module) -> dict[str, str]:
-    """Modules that hold floating-point tensors of their own, with the name of an attribute that does."""
+    """Map modules with plain floating-point tensors as attributes to the name of such an attribute."""
     return {
         module: name
         for (module, name, buffer), value in _entries(model)
@@ -87,18 +86,17 @@ def refuse_full_caches(
     moved: Iterable[str],
     run: Callable[[nn.Module], Any],
 ) -> None:
-    """Refuse weights that a forward pass reads in training mode, and in evaluation mode only from a full
-    cache.
+    """Refuse weights that are read in training mode, but in evaluation mode only through a filled cache.
 
     Args:
-        operation: named in the error.
-        model: a copy of our own in evaluation mode; it is run once if its modules held tensors of their own.
-        held: what it held before it was run first, by :func:`tensors_kept`.
-        moved: names of the parameters that the call is about.
-        run: a forward pass.
+        operation: public call, named in the error.
+        model: private copy in evaluation mode; it is run once if ``held`` is not empty.
+        held: result of :func:`tensors_kept` before the first run.
+        moved: names of the parameters that the call changes.
+        run: function that runs a forward pass.
 
     Raises:
-        SkipscopeError: naming the weight and the cache.
+        SkipscopeError: a weight is hidden by a cache; the error names both.
     """
     parameters = dict(model.named_parameters())
     moved = [
@@ -117,7 +115,8 @@ def refuse_full_caches(
         module.training = True
     try:
         read = _read_by(trained, run)
-    except Exception:  # a model that has no training mode here shows nothing
+    # A model that cannot run in training mode gives no evidence.
+    except Exception:
         return
     named = dict(trained.named_parameters())
     hidden = [name for name in unread if id(named[name]) in read]
@@ -136,7 +135,7 @@ def refuse_full_caches(
 
 
 class _Reads(TorchFunctionMode):
-    """Collects the identities of all tensors that are arguments of torch's functions."""
+    """Recorder of the ids of all tensors passed to torch functions."""
 
     def __init__(self):
         super().__init__()
@@ -158,9 +157,7 @@ def _read_by(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[int]:
 
 
 def holds_generators(model: nn.Module) -> bool:
-    """Whether something that can be reached from the modules' attributes draws random numbers from a
-    state of its own.
-    """
+    """Whether a random generator is reachable from the modules' attributes."""
     waiting: list[tuple[Any, int]] = [(vars(module), 0) for module in model.modules()]
     seen: set[int] = set()
     while waiting:
@@ -180,7 +177,7 @@ def holds_generators(model: nn.Module) -> bool:
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[tuple[str, str, bool], Any]]:
-    """((module, attribute, whether it is a buffer), value) of everything but parameters and modules."""
+    """Yield ((module, attribute, is buffer), value) of all attributes except parameters and modules."""
     for name, module in model.named_modules():
         for key, value in module._buffers.items():
             yield (name, key, True), value
@@ -194,7 +191,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in an attribute, or in a container there; none of them parameters."""
+    """The tensors in an attribute value, including containers, except parameters."""
     if not isinstance(value, Tensor | dict | list | tuple):
         return []
     return [t for t in tensors_in(value) if not isinstance(t, nn.Parameter)]

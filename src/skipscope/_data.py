@@ -1,8 +1,8 @@
-"""What a loss is, and how it is averaged over batches: how every package reads data and loss.
+"""Losses and their average over batches; :func:`read` checks the data and the loss of every public call.
 
-A *loss* is ``loss(output, target)``, or nothing when the output carries ``.loss``, or ``@objective`` on
-``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a batch
-equals its two parts runs before anything is averaged. :func:`read` is what every public call does first.
+A *loss* is ``loss(output, target)``, or None if the output has ``.loss``, or ``@objective`` on
+``f(model, batch)``. Several batches are averaged with the loss's own normaliser. Before averaging, a check
+verifies that the loss of a batch equals the weighted mean over its two parts.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, and how it is averaged over batches.
+    """A loss, and its average over batches.
 
     Attributes:
-        name: for tables and captions.
+        name: name in tables and captions.
         function: ``f(model, batch) -> scalar``.
-        weight: what a batch counts for in the mean over batches.
-        weight_from: who says so: the user, torch's own loss (its normaliser), or nobody yet: the samples are
-            counted.
-        sums: the loss is a sum over samples, so batches add up instead of being averaged.
-        from_output: ``f(output, batch) -> scalar`` where the loss is a function of the model's output, else
+        weight: batch -> its weight in the mean over batches.
+        weight_from: source of the weight: the user, torch's loss (its normaliser), or by default the number
+            of samples.
+        sums: whether the loss is a sum over samples, so that batches are added instead of averaged.
+        from_output: ``f(output, batch) -> scalar`` if the loss is a function of the model's output, otherwise
             None.
-        samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; their sums' ratio
-            (their sum, when ``sums``) is the loss. None when per-sample losses cannot be had.
-        why_no_samples: the reason, for people.
-        is_its_samples: ``samples`` are the loss's own terms, not another function's: it need not be computed
-            beside them.
-        candidates: other weights that the loss may mean; the split-batch check chooses.
+        samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; the ratio of their
+            sums (the sum of numerators if ``sums``) is the loss. None if per-sample losses are not available.
+        why_no_samples: the reason, as text.
+        is_its_samples: whether ``samples`` are the terms of the loss itself, so that the loss need not be
+            computed separately.
+        candidates: alternative weights; the split-batch check chooses among them.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Objective:
         return self.function(model, batch)
 
     def run(self, model: nn.Module, batch: Batch) -> None:
-        """Run the model on a batch, and nothing more than that where the loss is a function of its output."""
+        """Run the model on a batch; the loss is computed only if it is not a function of the output."""
         if self.from_output is not None:
             forward(model, batch, "loss")
         else:
@@ -90,13 +90,13 @@ def objective(
     function: None = None, *, weight: Callable[[Any], float] | None = None
 ) -> Callable[[_Function], _Function]: ...
 def objective(function: Any = None, *, weight: Callable[[Any], float] | None = None) -> Any:
-    """Turn ``f(model, batch) -> scalar`` into a loss, for what ``loss(output, target)`` cannot say.
+    """Turn ``f(model, batch) -> scalar`` into a loss, if ``loss(output, target)`` cannot express it.
 
     Local.
 
     Args:
-        function: called with the model and one batch, whatever form the batch has.
-        weight: what a batch counts for when several are averaged; default: its samples.
+        function: called with the model and a batch of any form.
+        weight: batch -> its weight in the mean over batches; default: its number of samples.
 
     Example:
         >>> @objective
@@ -121,7 +121,7 @@ def as_objective(
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Objective:
-    """Read a loss as definitions.md says, or refuse with the cure."""
+    """Convert a loss to an Objective, or raise an error with a cure."""
     if isinstance(loss, Objective):
         found = loss
     elif loss is None:
@@ -169,12 +169,12 @@ def read(
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> tuple[Batches, Objective]:
-    """What every public call does first: read data and loss, and make sure that batches may be averaged.
+    """Read the data and the loss of a public call, and check that batches may be averaged.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, the model has no numbers, or nothing says what each of
-            several batches counts for: no size is seen in one, or it does not equal its two parts under any
-            known weight.
+        SkipscopeError: data or loss cannot be read, the model is on the meta device, or the weight of a batch
+            is not known: its size cannot be inferred, or its loss is not the mean over its two parts under
+            any known weight.
     """
     require_numbers(model, operation)
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
@@ -193,13 +193,14 @@ def read(
 
 
 def mean_loss(model: nn.Module, data: Batches, loss: Objective) -> float:
-    """The loss over all batches (as :func:`read` gave them), in float64, in the present mode."""
+    """Mean loss over batches from :func:`read`, accumulated in float64, in the model's current mode."""
 
     def run() -> tuple[float, float]:
         total = normaliser = 0.0
         for batch in data:
             share = 1.0 if loss.sums or data.single else float(loss.weight(batch))
-            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+            # A batch of weight zero has an undefined mean.
+            if share:
                 total += share * float(loss(model, batch).detach().double())
                 normaliser += share
         return total, normaliser
@@ -211,12 +212,12 @@ def mean_loss(model: nn.Module, data: Batches, loss: Objective) -> float:
 def _checked_weight(
     model: nn.Module, data: Batches, loss: Objective, operation: str
 ) -> Callable[[Batch], float]:
-    """The first weight under which every batch that was tried equals its two parts."""
+    """The first weight under which the loss of every tested batch is the mean over its two parts."""
     with untouched(model, training=False, seed=0, operation=operation):
         return without_gradients(lambda: _first_fitting_weight(model, data, loss, operation))
 
 
-# How far the loss of a batch and the mean over its parts may differ by rounding, relative.
+# Relative tolerance between the loss of a batch and the mean over its parts.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -229,7 +230,7 @@ def _first_fitting_weight(
     standing = [loss.weight, *loss.candidates]
     for whole in [batch for batch in looked_at if batch_size(batch) > 1][:2]:
         n = batch_size(whole)
-        # Uneven parts too, so that a plain average of the two is caught as well.
+        # Uneven parts expose losses for which only the plain average over equal parts is right.
         for cut in {max(1, n // 3), n // 2}:
             value = loss(model, whole).detach()
             try:
@@ -247,8 +248,9 @@ def _first_fitting_weight(
             target = float(value)
             near = [_is_near(average, target, tolerance) or target != target for average in averages]
             if not any(near):
+                # A noisy loss differs between two runs on the same batch, so the check cannot decide.
                 if not _is_near(float(loss(model, whole).detach()), target, tolerance):
-                    return standing[0]  # it draws noise of its own: one batch is not even equal to itself
+                    return standing[0]
                 raise _not_a_mean(loss, operation, target, averages[0], cut, n)
             standing = [weigh for weigh, ok in zip(standing, near) if ok]
     return standing[0]
@@ -298,7 +300,7 @@ def _normaliser_is_known(loss: Objective, batch: Batch) -> bool:
 
 
 def _form_of(batch: Batch) -> str:
-    """A batch's form in a few words: types, and the shapes of tensors.
+    """Describe the structure of a batch: types, and the shapes of tensors.
 
     Example:
         >>> _form_of(([1, 2], torch.zeros(2)))
@@ -318,7 +320,7 @@ def _form_of(batch: Batch) -> str:
 def _averages(
     model: nn.Module, loss: Objective, whole: Batch, cut: int, weights: Sequence[Callable[[Batch], float]]
 ) -> list[float]:
-    """What each weight makes of the losses of a batch's first ``cut`` samples and of the rest."""
+    """The mean of the losses of a batch's first ``cut`` samples and of the rest, under each weight."""
     parts = [rows(whole, slice(0, cut)), rows(whole, slice(cut, batch_size(whole)))]
     first, second = (float(loss(model, part).detach()) for part in parts)
     averages = []
@@ -329,7 +331,7 @@ def _averages(
     return averages
 
 
-# --- readings of a loss
+# --- readings of a loss ---
 
 
 def _checked_scalar(
@@ -382,7 +384,7 @@ def _loss_of_the_output(operation: str) -> Objective:
 
         return count
 
-    # Causal models shift the labels by one, masked ones do not; the split-batch check tells which.
+    # Causal models shift the labels by one, masked models do not; the split-batch check decides.
     return Objective(
         "the output's own loss",
         lambda model, batch: from_output(forward(model, batch, operation), batch),
@@ -409,9 +411,12 @@ def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Obje
         }
     weight = (lambda batch: known.normaliser(target_of(batch, operation))) if known else batch_size
     return Objective(
-        _name_of(loss), lambda model, batch: from_output(forward(model, batch, operation), batch), weight,
-        from_output=from_output, **fields,
-    )  # fmt: skip
+        _name_of(loss),
+        lambda model, batch: from_output(forward(model, batch, operation), batch),
+        weight,
+        from_output=from_output,
+        **fields,
+    )
 
 
 def _name_of(loss: Any) -> str:

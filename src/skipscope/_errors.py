@@ -1,4 +1,4 @@
-"""Errors as part of the product: what was asked, where, what was expected, what came, and the cure."""
+"""Errors with the operation, the layer, the expected and the given value, and a cure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class SkipscopeError(ValueError):
-    """Something a user can put right.
+    """Error that a user can fix.
 
     Args:
-        operation: the public call that refused, e.g. ``"gradient_flow"``.
-        problem: one sentence saying what is wrong.
-        layer: the module, shortcut or boundary concerned, if there is one.
+        operation: the public call that raised it, e.g. ``"gradient_flow"``.
+        problem: what is wrong, in one sentence.
+        layer: the module, shortcut or boundary concerned, if any.
         expected: what would have been accepted.
         got: what was given.
         cure: what to write instead.
@@ -51,7 +51,7 @@ class SkipscopeError(ValueError):
         super().__init__(printable_lines("\n".join(lines)))
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows instead of a traceback: the user's line that made the call, and the message."""
+        """Short traceback for IPython: the user's line that made the call, and the message."""
         frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(self.__traceback__)]
         first = next((i for i, (file, _) in enumerate(frames) if file.startswith(_PACKAGE)), len(frames))
         shown = [f"{type(self).__name__}: {self}"]
@@ -61,15 +61,13 @@ class SkipscopeError(ValueError):
         return shown
 
     def rename(self, operation: str) -> None:
-        """Put the error into the name of the public call that people made, if it carries that of an inner
-        one.
-        """
+        """Replace the inner operation that the error names by the public call ``operation``."""
         if self.operation.partition(" ")[0] != operation:
             self.args = (operation + str(self).removeprefix(self.operation),)
             self.operation = operation
 
     def __reduce__(self):
-        # Keyword arguments are lost by the default, and errors cross process borders under torchrun and Ray.
+        # The default drops keyword arguments, and errors are pickled under torchrun and Ray.
         return _rebuild, (type(self), self.operation, self.problem, self.layer, str(self), self.cure)
 
 
@@ -82,7 +80,7 @@ def _rebuild(kind, operation, problem, layer, text, cure):
 
 
 class MissingExtra(SkipscopeError, ImportError):
-    """An optional package is not installed; the message is the command that installs it."""
+    """Error for an optional package that is not installed; the cure is the command that installs it."""
 
     def __init__(self, operation: str, package: str):
         super().__init__(

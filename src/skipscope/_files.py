@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read only where reading ends."""
+"""Atomic writes, and refusal of files whose reading may never end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipscope._errors import SkipscopeError
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, operation: str = "save") -> Path:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part.
+    """Write ``content`` to ``path`` atomically: a reader sees the old file or the new file, never a part.
 
     Raises:
         SkipscopeError: the folder does not exist, cannot be written, or the disk is full; the old file stays.
@@ -27,7 +27,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, *, operation
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a saved result is an ordinary file
+        # mkstemp makes the file private, but a saved result should have ordinary permissions.
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
         raise SkipscopeError(
@@ -43,12 +44,12 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, *, operation
 
 
 def refuse_devices(path: Path, *, operation: str, expected: str) -> None:
-    """Refuse what is there and is neither a folder nor a file that holds something: reading it may never end.
+    """Refuse an existing path that is neither a folder nor a non-empty file: reading it may never end.
 
-    The files of ``/proc`` have no size; some wait for what comes.
+    Files of ``/proc`` have size zero, and reading some of them blocks.
 
     Raises:
-        SkipscopeError: it is a pipe, a socket, a device, or empty.
+        SkipscopeError: the path is a pipe, a socket, a device, or an empty file.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise SkipscopeError(operation, f"{path} is a pipe, a socket or a device", expected=expected)

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and which part of it may be used."""
+"""Free memory of a device, and the share of it that may be used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-SHARE = 0.8  # of what is free may be used
+# Share of the free memory that may be used.
+SHARE = 0.8
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory on a device; infinite where the system does not tell."""
+    """Free memory on a device in bytes; infinite if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

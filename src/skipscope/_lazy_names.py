@@ -1,4 +1,4 @@
-"""The public names of a package, each imported when it is first used: nobody waits for what is not called."""
+"""Lazy import of a package's public names at first use, to keep ``import`` fast."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:
-    """The ``__getattr__`` and ``__all__`` of a package whose names stand in the stub beside its ``__init__``.
+    """Make the ``__getattr__`` and ``__all__`` of a package from its stub ``__init__.pyi``.
 
     Type checkers read the same stub, so that each name is listed once.
 
     Args:
-        package: the package's ``__name__``.
-        file: its ``__file__``.
+        package: ``__name__`` of the package.
+        file: ``__file__`` of the package.
 
     Returns:
-        ``__getattr__`` and ``__all__``; both are made before any of the names is imported.
+        ``__getattr__`` and ``__all__``; no name is imported to make them.
     """
     stub = Path(file).with_suffix(".pyi").read_text(encoding="utf-8")
     modules = {

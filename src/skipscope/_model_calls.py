@@ -1,6 +1,4 @@
-"""Calling the model and the loss that people wrote; an error there names the layer, the shapes and a
-cure.
-"""
+"""Calls of the user's model and loss, with errors that name the layer, the shapes and a cure."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from skipscope._batches import Arguments as Arguments
 from skipscope._batches import Batch, inputs_of, tensors_in
 from skipscope._errors import SkipscopeError
 
-# What code raises that is given something it was not written for. Anything else passes as it is.
+# Errors that code typically raises on unsuitable arguments. Other errors are passed on unchanged.
 _MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
@@ -25,9 +23,7 @@ T = TypeVar("T")
 
 
 def without_gradients(run: Callable[[], T]) -> T:
-    """``run()`` without recording gradients; with them if it differentiates the network itself (a gradient
-    penalty).
-    """
+    """Run without recording gradients, unless ``run`` differentiates the network (gradient penalty)."""
     try:
         with torch.no_grad():
             return run()
@@ -35,15 +31,14 @@ def without_gradients(run: Callable[[], T]) -> T:
         if not differentiates(error):
             raise
     finally:
-        torch.clear_autocast_cache()  # older versions of torch use casts made without gradients again
+        # Older versions of torch reuse casts that were made without gradients.
+        torch.clear_autocast_cache()
     with torch.enable_grad():
         return run()
 
 
 def differentiates(error: BaseException) -> bool:
-    """Whether a forward pass or a loss failed because it takes gradients, or hooks them, and none were
-    recorded.
-    """
+    """Whether a model or loss failed because it computes or hooks gradients, and none were recorded."""
     text = str(error.__cause__ or error)
     return "does not require grad" in text or "hook on a tensor that doesn't require grad" in text
 
@@ -51,8 +46,8 @@ def differentiates(error: BaseException) -> bool:
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` with a tensor, a tuple (positional), a Mapping (keywords), or :class:`Arguments` (both).
 
-    Objects that hold state, such as a key-value cache, are copied: each pass sees the same, the user's stay
-    as found.
+    Stateful objects, such as a key-value cache, are copied: every pass sees the same state, and the user's
+    objects are not changed.
     """
     if isinstance(inputs, Arguments):
         positional, keywords = with_own_state(tuple(inputs.positional)), with_own_state(dict(inputs.keywords))
@@ -65,7 +60,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def with_own_state(value: Any) -> Any:
-    """The same value, with copies of what a model may write into; tensors are themselves.
+    """Copy the objects in a value that a model may write into; tensors are not copied.
 
     Example:
         >>> cache = [1]
@@ -90,18 +85,17 @@ def with_own_state(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an object, with tensors of its own; the object itself where it cannot be copied."""
+    """Deep-copy an object, or return the object itself if it cannot be copied."""
     try:
         with torch.no_grad():
             return copy.deepcopy(value)
-    except Exception:  # whatever a user's object raises: an open file, a lock, a tensor with a history
+    # A user's object may raise anything: it may hold an open file, a lock, or a tensor with a history.
+    except Exception:
         return value
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error states the shapes, and names the layer when it
-    can.
-    """
+    """Run the model on a batch; a shape error states the shapes and, if known, the layer."""
     try:
         return call_model(model, inputs_of(batch))
     except _MISFITS as error:
@@ -125,9 +119,7 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
 
 
 def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: BaseException) -> None:
-    """Name the keywords of a batch that ``forward`` does not take, and those that it needs and did not
-    get.
-    """
+    """Refuse a batch with keywords that ``forward`` does not take, or without required keywords."""
     if not isinstance(inputs, Mapping):
         return
     parameters = inspect.signature(model.forward).parameters.values()
@@ -155,7 +147,7 @@ def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: Base
 
 
 def _how_to_pass(inputs: Any) -> str:
-    """The cure for inputs that a model does not accept."""
+    """Cure for inputs that a model does not accept."""
     if isinstance(inputs, Mapping):
         return "a dict goes to the model as keywords; to hand over the dict itself: (({...},), target)"
     if isinstance(inputs, list):
@@ -171,9 +163,7 @@ def _how_to_pass(inputs: Any) -> str:
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
-    """``loss(output, target)``; an error states the shapes, and the values of targets that are out
-    of range.
-    """
+    """Call ``loss(output, target)``; an error states the shapes, and the values of targets out of range."""
     try:
         return loss(output, target)
     except _MISFITS as error:
@@ -182,17 +172,19 @@ def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str
         classes = isinstance(error, IndexError) and isinstance(output, Tensor) and output.ndim > 0
         n = output.shape[min(1, output.ndim - 1)] if classes else 0
         raise SkipscopeError(
-            operation, f"the loss does not accept this output and target ({error_text(error)})",
+            operation,
+            f"the loss does not accept this output and target ({error_text(error)})",
             expected=f"class indices from 0 to {n - 1}: the output has {n} classes" if classes else None,
             got=f"output {_shapes(tensors_in(output)) or type(output).__name__}; "
             f"target {_shapes(tensors_in(target), ranges=True) or type(target).__name__}",
-            cure="number the classes from 0, or give the model more of them" if classes
+            cure="number the classes from 0, or give the model more of them"
+            if classes
             else "wrap the loss: lambda output, target: ..., or use @ss.objective",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
-    """The error for a loss that depends on nothing that has a gradient."""
+    """Error for a loss that does not depend on anything with a gradient."""
     frozen = all(not p.requires_grad for p in model.parameters())
     return SkipscopeError(
         operation,
@@ -204,7 +196,7 @@ def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
 
 
 def error_text(error: BaseException) -> str:
-    """An error in a line: its own words, and its kind where they do not say it."""
+    """First line of an error's message, preceded by its type unless the type is a common one."""
     lines = str(error).strip().splitlines()
     words = lines[0][:300] if lines else ""
     if isinstance(error, RuntimeError | TypeError | ValueError | IndexError) and words:
@@ -224,7 +216,7 @@ def _shapes(tensors: list[Tensor], *, ranges: bool = False) -> str:
 
 
 def _failing_layer(model: nn.Module, error: BaseException) -> tuple[str, nn.Module | None]:
-    """The innermost module that the error came through."""
+    """Name and module of the innermost module in the error's traceback, or ("", None)."""
     names, found, step = {id(m): n for n, m in model.named_modules()}, None, error.__traceback__
     while step is not None:
         owner = step.tb_frame.f_locals.get("self")
@@ -234,7 +226,7 @@ def _failing_layer(model: nn.Module, error: BaseException) -> tuple[str, nn.Modu
 
 
 def _taken_by(layer: nn.Module | None) -> str | None:
-    """What a layer of torch's own takes, in the words of its repr."""
+    """Describe the inputs of a torch layer by its repr; None for any other module."""
     if layer is None or any(layer.children()) or not type(layer).__module__.startswith("torch.nn"):
         return None
     numbers = next(layer.parameters(), None)

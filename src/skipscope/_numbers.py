@@ -1,4 +1,4 @@
-"""How numbers are written for people: one place, so that every table and caption agrees."""
+"""Formatting of numbers, shared by every table and caption; and Student's t quantiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """A number in as few characters as it can be read from: 0.0412, 1.2e-07, nan, -.
+    """Format a number with ``digits`` significant digits: 0.0412, 1.2e-07, nan, or - for None.
 
     Example:
         >>> short(0.04123), short(1.234e-7), short(float("nan")), short(None)
@@ -28,10 +28,11 @@ def short(value: float | None, digits: int = 3) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def student_quantile(probability: float, freedom: int) -> float:
-    """The quantile, above 1/2, of Student's t distribution with ``freedom`` degrees of freedom.
+    """Upper quantile of Student's t distribution with ``freedom`` degrees of freedom.
 
-    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and
-    26.7.4), in the angle theta with tan(theta) = t / sqrt(freedom). SciPy takes long to import.
+    Bisection on the closed form for integer degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4),
+    in the angle theta with tan(theta) = t / sqrt(freedom). SciPy is slow to import. ``probability`` must be
+    above 1/2.
 
     Example:
         >>> round(student_quantile(0.975, 9), 4)
@@ -40,7 +41,7 @@ def student_quantile(probability: float, freedom: int) -> float:
     odd = freedom % 2
 
     def within(theta: float) -> float:
-        """The probability of -t to t."""
+        """Probability of the interval from -t to t."""
         term = total = math.cos(theta) if odd else 1.0
         for k in range(2 + odd, freedom - 1, 2):
             term *= (k - 1) / k * math.cos(theta) ** 2
@@ -55,7 +56,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def times(value: float) -> str:
-    """A ratio for people: ``4.2x``, ``1,099x``.
+    """Format a ratio: ``4.2x``, ``1,099x``.
 
     Example:
         >>> times(4.18), times(1098.9)

@@ -1,32 +1,32 @@
-"""The words that options take and results give: for type checkers, the command line and each call's checks.
+"""Literal types of options and of states in results, for type checkers, the command line and validation.
 
-This file imports nothing, so that help and completion of the command line do not wait for torch.
+This file imports nothing heavy, so that help and completion of the command line do not wait for torch.
 """
 
 from typing import Literal
 
-# Of weight space: how a direction is scaled, and which parameters it leaves still.
+# Scaling of directions in weight space, and parameters whose direction can be set to zero.
 Normalization = Literal["filter", "layer", "tensor", "none"]
 Zeroable = Literal["biases", "norms", "embeddings"]
 
-# Of a loss surface: batch norms away from the weights as found, arithmetic, and who computes the points.
+# Options of a loss surface: batch norms away from the original weights, arithmetic, and engine.
 BatchNorm = Literal["frozen", "recalibrate", "batch", "as found"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["auto", "local", "torchrun", "ray"]
 
-# The quantities that a recorded run keeps for each parameter, and the flow at each boundary.
+# Quantities recorded for each parameter, and the flow at each boundary.
 Quantity = Literal["rms", "mean_abs", "norm", "norm_before_clip", "flow"]
 
-# The gradient at one place; and the modes that the modules of a model are in.
+# State of a gradient.
 GradientState = Literal["ok", "exact_zero", "underflow", "not_connected", "nonfinite"]
-# A recorded run also has weights that are not trained, and steps without some weight; a measurement has
-# activations that are not finite, and boundaries that the data do not reach.
+# A recorded run also has frozen weights and steps in which a weight is absent; a measurement also has
+# activations that are not finite and boundaries that the data does not reach.
 RecordedState = GradientState | Literal["frozen", "absent"]
 MeasuredState = GradientState | Literal["nonfinite_activation", "not_met"]
 ModelMode = Literal["train", "eval", "mixed"]
 
-# The verdict on a flow: its state, the reason in a word, and the optimizers that it hinders. While a training
-# runs there may be nothing to judge yet, and every other state is a word of its own.
+# Verdict on a gradient flow: its state, its cause, and the optimizers that it hinders. The live verdict has
+# "unknown" while there is nothing to judge yet.
 VerdictState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "cannot tell"]
 LiveState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "unknown"]
 LiveBasis = Literal["boundary flow", "parameter gradients"]
@@ -51,7 +51,7 @@ VerdictCause = Literal[
     "noise",
     "opaque",
     "unexplained",
-    # The function that makes NaN.
+    # Function that produces NaN.
     "softmax",
     "sqrt",
     "div",
@@ -59,10 +59,10 @@ VerdictCause = Literal[
     "norm",
 ]
 
-# Why a step finds no gradients.
+# Reason why a step has no gradients.
 MissingCause = Literal["cleared", "no backward", "detached", "replaced", "unused", "zero"]
 
-# The connections of ``skipscope.nn``; a test holds them equal to its registry.
+# Connections of ``skipscope.nn``; a test compares them with its registry.
 ConnectionKind = Literal[
     "identity",
     "post-activation",

@@ -1,12 +1,10 @@
-"""Text without control characters, which move a terminal's cursor or reverse what follows; any name may hold
-them.
-"""
+"""Removal of control characters from text: in a name they could move the cursor or reverse the text."""
 
 from __future__ import annotations
 
 import re
 
-# C0 and C1 control characters, marks that change the direction of text, and halves of characters.
+# C0 and C1 control characters, marks that change the direction of text, and lone surrogates.
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -23,7 +21,7 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """As :func:`printable`, of a text of several lines.
+    """Replace control characters as :func:`printable` does, but keep line breaks.
 
     Example:
         >>> print(printable_lines("one" + chr(7) + chr(10) + "two"))

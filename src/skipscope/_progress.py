@@ -1,8 +1,8 @@
-"""One progress display, however deep the work is nested.
+"""A single progress display for all nested work.
 
-Work announces itself with :func:`track`. At a terminal and in IPython a display appears by itself once a call
-takes longer than a moment; in a pipe or a log file nothing is shown. :func:`progress` turns a display on or
-off explicitly. There is never more than one live display: nested work is a second row of the first.
+Loops report progress with :func:`track`. At a terminal and in IPython a display appears automatically once a
+call takes longer than two seconds; in a pipe or a log file nothing is shown. :func:`progress` turns a display
+on or off explicitly. There is at most one live display: nested work adds a row to it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, TextIO, TypeVar
 from skipscope._printable import printable
 
 Item = TypeVar("Item")
-_PATIENCE = 2.0  # seconds that a call may take before a display appears by itself
+# Seconds before a display appears automatically.
+_PATIENCE = 2.0
 _display: Any = None
 _silent = False
 
 
 class _Lines:
-    """What a log file or a pipe gets: plain lines."""
+    """Display for a log file or a pipe: plain lines."""
 
     def __init__(self, file: TextIO):
         self.file = file
@@ -46,7 +47,7 @@ class _Lines:
 
 
 class _OneLine:
-    """What a notebook gets: one line that is rewritten, of the innermost work under way."""
+    """Display for a notebook: a single line, rewritten, with the progress of the innermost loop."""
 
     def __init__(self, file: TextIO):
         self.file = file
@@ -80,7 +81,7 @@ class _OneLine:
 
 
 class _Bars:
-    """What a terminal gets: rich's bars, a row for each piece of work under way."""
+    """Display for a terminal: rich progress bars, a row for each active loop."""
 
     def __init__(self, file: TextIO):
         from rich.console import Console
@@ -120,8 +121,8 @@ def progress(show: bool = True, *, file: TextIO | None = None) -> Iterator[None]
     display. Local.
 
     Args:
-        show: False silences what runs inside, also at a terminal.
-        file: where to; standard error by default, so that a command's output can be piped.
+        show: False silences everything inside, even at a terminal.
+        file: output stream; standard error by default, so that a command's output can be piped.
 
     Example:
         >>> with progress(show=False):
@@ -148,7 +149,7 @@ def progress(show: bool = True, *, file: TextIO | None = None) -> Iterator[None]
 
 
 def _live(file: TextIO) -> Any:
-    """A display that rewrites itself. Returns None if ``file`` is a pipe or a log."""
+    """Make a display that rewrites itself. Returns None if ``file`` is a pipe or a log."""
     if file.isatty():
         return _Bars(file)
     return _OneLine(file) if _in_notebook() else None
@@ -160,15 +161,16 @@ def _in_notebook() -> bool:
 
 
 def say(text: str) -> None:
-    """Show one line to whoever watches the progress: an estimate, what comes next."""
+    """Show a line of text in the progress display, if there is one."""
     if _display is not None and not _silent:
         _display.say(printable(text))
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over ``items`` and show how far the work has come, if a display is on or appears by itself."""
+    """Iterate over ``items`` and report progress to the display, which may appear automatically."""
     global _display
-    what = printable(what)  # it may hold a name
+    # The text may hold a user's name.
+    what = printable(what)
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     if _silent:

@@ -1,9 +1,8 @@
-"""The entry of every public call: one thread at a time, an interrupt never while something is restored.
+"""Decorator of public calls: one thread at a time, and no interrupt while state is being restored.
 
-``torch.no_grad``, hooks, random states and a model's own state are global to a process. Two measurements at a
-time would read each other's; a Ctrl-C that comes while they are put back would leave them changed. So calls
-of several threads take turns, and a SIGINT that comes inside an ``__enter__`` or ``__exit__`` is held until
-that is over.
+``torch.no_grad``, hooks, random states and a model's own state are global to a process. Concurrent
+measurements would see each other's changes, and a Ctrl-C during a restore would leave the state changed. So
+threads take turns, and a SIGINT inside an ``__enter__`` or ``__exit__`` is held until that has returned.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from skipscope._random import generator_states, set_generator_states
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Taken for the whole of a public call: a copy of a model that another call is measuring would have its hooks
-# and modes.
+# Lock held during every public call: a copy made during a measurement would carry its hooks and modes.
 turn = threading.RLock()
 
-_POLL_S = 0.05  # how often a call that waits for its turn looks for a Ctrl-C
-_AGAIN_S = 0.002  # after which a held Ctrl-C is tried again
+# Seconds between checks for a Ctrl-C while a call waits for the lock, and before a held Ctrl-C is sent again.
+_POLL_S = 0.05
+_RESEND_S = 0.002
 _HELD_IN = {"__enter__", "__exit__"}
 
 
 def public_call(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function the entry of a public call; errors inside carry its name."""
+    """Decorate a function as a public call; errors raised inside name ``operation``."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -47,9 +46,9 @@ def public_call(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 class _Entry:
-    """What surrounds one public call.
+    """Context manager around a public call.
 
-    A class: the frames of ``__enter__`` and ``__exit__`` are where SIGINT is held.
+    It is a class because SIGINT is held in frames named ``__enter__`` and ``__exit__``.
     """
 
     def __init__(self, operation: str):
@@ -75,7 +74,7 @@ class _Entry:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             if error is not None:
-                # A context manager that was interrupted as it began may not have been left.
+                # A context manager that was interrupted on entry may not have been exited.
                 torch.set_grad_enabled(self.gradients)
                 if self.random is not None:
                     set_generator_states(self.random)
@@ -87,9 +86,7 @@ class _Entry:
 
 
 class _Interrupts:
-    """SIGINT during public calls of the main thread: passed on to the handler that was there, or held for a
-    moment.
-    """
+    """SIGINT during public calls of the main thread: passed to the previous handler, or held briefly."""
 
     def __init__(self) -> None:
         self.depth, self.pending, self.closing = 0, False, False
@@ -97,27 +94,28 @@ class _Interrupts:
         self.timer: threading.Timer | None = None
 
     def begin(self) -> None:
-        """A public call begins; the outermost one of the main thread takes the signal over.
+        """Enter a public call; the outermost call of the main thread installs the handler.
 
-        Counted only afterwards: a Ctrl-C that comes before the handler is ours raises here, and must leave
-        nothing behind.
+        The depth is increased last: a Ctrl-C before the handler is installed raises here, and must leave no
+        state behind.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         if self.depth == 0:
             self.pending = self.closing = False
             before = signal.getsignal(signal.SIGINT)
-            self.before = before if callable(before) else None  # ignored, or not Python's: left alone
+            # A signal that is ignored, or handled outside of Python, is left alone.
+            self.before = before if callable(before) else None
             if self.before is not None:
                 signal.signal(signal.SIGINT, self._handle)
         self.depth += 1
 
     def is_outermost(self) -> bool:
-        """Whether no public call of this thread is around."""
+        """Whether the current public call is not nested in another call of this thread."""
         return threading.current_thread() is not threading.main_thread() or self.depth == 1
 
     def end(self, deliver: bool) -> None:
-        """A public call has ended; after the outermost one a signal that is still held is delivered."""
+        """Leave a public call; after the outermost call a held signal is delivered if ``deliver``."""
         if threading.current_thread() is not threading.main_thread():
             return
         self.depth -= 1
@@ -129,7 +127,7 @@ class _Interrupts:
             self.timer.join()
             self.timer = None
         if self.before is not None:
-            # From here on a Ctrl-C may raise, also in this function.
+            # From here on a Ctrl-C may raise, even in this function.
             signal.signal(signal.SIGINT, self.before)
         if self.pending:
             self.pending = False
@@ -141,7 +139,7 @@ class _Interrupts:
             self.pending = True
         elif _is_restoring(frame):
             self.pending = True
-            self.timer = threading.Timer(_AGAIN_S, self._send_again)
+            self.timer = threading.Timer(_RESEND_S, self._send_again)
             self.timer.daemon = True
             self.timer.start()
         else:
@@ -158,9 +156,7 @@ _ENTRY = "enter_call"
 
 
 def _is_restoring(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is between two calls of the public call's entry itself, or a context manager between
-    it and the public call is being entered or left.
-    """
+    """Whether ``frame`` is in the entry of a public call, or enters or exits a context manager inside it."""
     if frame is not None and frame.f_code.co_name == _ENTRY:
         return True
     while frame is not None and frame.f_code.co_name != _ENTRY:

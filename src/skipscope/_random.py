@@ -1,4 +1,4 @@
-"""The global random states of Python, NumPy and torch: kept, seeded, and lent to what draws from them."""
+"""Global random states of Python, NumPy and torch: saving, restoring and seeding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = tuple[Any, ...]
 
 @contextmanager
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators back as they were; seed them first if asked."""
+    """Restore the global generators of Python, NumPy and torch on exit; with ``seed``, seed them first."""
     before = generator_states()
     try:
         if seed is not None:
@@ -29,13 +29,13 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
-    """Iterate; what the items draw (a DataLoader its order, an augmentation) leaves the global states as they
-    are.
+    """Iterate with a separate random state, so that the global states do not change.
 
-    The items draw from a state of their own that continues from each to the next. It begins at ``seed``, or
-    where the global states are.
+    Draws of the items (a DataLoader's order, an augmentation) continue from item to item. The separate state
+    begins at ``seed``, or as a copy of the global states.
     """
-    if isinstance(items, list | tuple):  # draws nothing
+    # Iterating over a list or tuple draws nothing.
+    if isinstance(items, list | tuple):
         yield from items
         return
     theirs: State | None = None
@@ -58,7 +58,7 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
 
 
 def generators_moved(before: State) -> bool:
-    """Whether numbers were drawn from a global generator since :func:`generator_states`."""
+    """Whether a global generator has changed since :func:`generator_states` returned ``before``."""
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, tuple | list):
@@ -68,12 +68,12 @@ def generators_moved(before: State) -> bool:
     return not same(before, generator_states())
 
 
-# How far two passes over the same numbers may differ by rounding, relative.
+# Relative tolerance between two passes over the same data.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def refuse_noise(operation: str, first: float, second: float, dtype: torch.dtype) -> None:
-    """Refuse a loss with two values at the same weights, data and state of the global generators.
+    """Refuse a loss that differs between two passes with the same weights, data and random states.
 
     Raises:
         SkipscopeError: the values differ by more than rounding in ``dtype``.
@@ -109,7 +109,7 @@ def generator_states() -> State:
 
 
 def set_generator_states(state: State) -> None:
-    """Put the global generators into the states of :func:`generator_states`."""
+    """Set the global generators to states from :func:`generator_states`."""
     python, numpy, cpu, devices = state
     random.setstate(python)
     np.random.set_state(numpy)
@@ -122,8 +122,7 @@ def seed_generators(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for
-    # good.
+    # torch.manual_seed costs milliseconds without CUDA, and keeps a stack trace of each call.
     torch.default_generator.manual_seed(seed)
     if _has_cuda():
         torch.cuda.manual_seed_all(seed)

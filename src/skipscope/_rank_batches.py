@@ -1,8 +1,8 @@
-"""The data of a model that is sharded: what each rank runs, and how the ranks' sums are combined.
+"""Data of a sharded model: the batches of each rank, and the combination of the ranks' sums.
 
-The batches of all ranks together are the data. Where every rank was given the same batches they count once,
-and each rank runs some of them. A sharded model runs on all ranks or on none, so in every pass each rank runs
-as many batches as the one that has most: the rest are one batch run again, which counts for nothing.
+The data is the union of all ranks' batches. If every rank was given the same batches, they count once and are
+divided among the ranks. A sharded model runs on all ranks or on none, so in every pass each rank runs as many
+batches as the rank with most: a rank with fewer repeats a filler batch, which is not counted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RankBatches(Batches):
 
     Args:
         own: this rank's batches; there may be none.
-        filler: a batch to run where the other ranks run one of theirs.
+        filler: batch to run, uncounted, while other ranks have more batches.
         group: the ranks.
-        single: all ranks together have one batch.
-        hash: of all ranks' data.
-        device: where batches belong.
+        single: whether all ranks together have one batch.
+        hash: hash of all ranks' data.
+        device: device of the batches.
     """
 
     def __init__(
@@ -48,31 +48,31 @@ class RankBatches(Batches):
         self._seen: list[Batch] | None = None
 
     def hash(self) -> str:
-        """A hash of all ranks' data."""
+        """Hash of all ranks' data."""
         return self._hash
 
     def turns(self) -> Iterator[tuple[Batch, bool]]:
-        """This rank's batches, and then others that only keep the ranks in step."""
+        """This rank's batches, then uncounted filler batches that keep the ranks in step."""
         own = list(self)
         yield from ((batch, True) for batch in own)
         yield from ((self._filler, False) for _ in range(max(self._counts) - len(own)))
 
     def together(self, part: Part, error: Exception | None = None) -> list[Part]:
-        """The parts of all ranks, in the order of their data.
+        """Gather the results of all ranks, in the order of their data.
 
         Raises:
-            SkipscopeError: on every rank, where one of them has an error; it has its own.
+            SkipscopeError: on every rank, if a rank has an error; that rank raises its own.
         """
         found = self.group.gathered((_to_send(part), sendable_error(error)))
         self.group.raise_first(self.operation, [failed for _, failed in found], error)
         return [each for each, _ in found]
 
     def defer(self, error: Exception) -> Exception:
-        """Keep an error until the pass is over: the other ranks would wait in theirs for ever."""
+        """Keep an error until the end of the pass: otherwise the other ranks would wait for ever."""
         return error
 
     def peek(self, count: int) -> list[Batch]:
-        """The first batches of the first rank that has some, the same on every rank."""
+        """The first batches of the first rank with any batches, the same on every rank."""
         if self._seen is None or len(self._seen) < count:
             giver = next(rank for rank, own in enumerate(self._counts) if own)
             given = None
@@ -88,7 +88,7 @@ class RankBatches(Batches):
 
 
 def _to_send(part: Part) -> Part:
-    """The same on the CPU and without history: a rank cannot use another one's device."""
+    """Move a result to the CPU and detach it: a rank cannot use the device of another rank."""
     if is_dataclass(part) and not isinstance(part, type):
         return replace(part, **_to_send(vars(part)))
     return map_tensors(part, lambda tensor: tensor.detach().cpu())
@@ -100,17 +100,17 @@ def spread_batches(
     device: torch.device,
     subset: Callable[[list[Batch], int, int], list[Batch]] | None = None,
 ) -> RankBatches:
-    """Read every rank's data, and find what each runs.
+    """Read every rank's data, and assign batches to ranks.
 
     Args:
         group: the ranks.
-        read: reads this rank's own into memory.
-        device: where batches belong.
-        subset: ``(batches, first, total)``: of this rank's samples, which are number ``first`` and the
-            following of ``total``, those that are chosen.
+        read: function that reads this rank's data into memory.
+        device: device of the batches.
+        subset: function ``(batches, first, total)`` that selects samples of this rank, whose samples are
+            numbered from ``first`` among all ``total`` samples.
 
     Raises:
-        SkipscopeError: on every rank, where one cannot read its data, or has none.
+        SkipscopeError: on every rank, if a rank cannot read its data or has none.
     """
     held, own_hash, size = group.agreed("data", lambda: _summary(read))
     every: list[Any] = group.gathered((own_hash, size))
@@ -120,16 +120,20 @@ def spread_batches(
         chosen = choose(list(held), 0, size)
         start, end = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
         return RankBatches(
-            chosen[start:end], filler, group,
-            single=held.single, hash=Batches(chosen).hash(), device=device,
-        )  # fmt: skip
+            chosen[start:end],
+            filler,
+            group,
+            single=held.single,
+            hash=Batches(chosen).hash(),
+            device=device,
+        )
     own = choose(list(held), sum(sizes[: group.rank]), sum(sizes))
     hashes = " ".join(group.gathered(Batches(own).hash()))
     return RankBatches(own, filler, group, single=False, hash=hashes, device=device)
 
 
 def _summary(read: Callable[[], Batches]) -> tuple[Batches, str | None, int]:
-    """This rank's batches, their hash (None where they hold no tensor to compare), and their samples."""
+    """This rank's batches, their hash (None if they hold no tensor), and their number of samples."""
     held = read()
     comparable = any(tensors_in(batch) for batch in held)
     return held, held.hash() if comparable else None, sum(batch_size(batch) for batch in held)

@@ -1,8 +1,8 @@
-"""Several processes: who is there, and whether all of them take part in what needs all of them.
+"""Groups of ranks, and a check that every rank takes part in a collective call.
 
-A collective that a rank stays away from waits for ever. So whoever needs the others meets them first, in the
-store that torchrun's processes share: that costs no collective, and fails after a time with the names of
-those who did not come.
+A collective blocks for ever if a rank does not take part. So collective calls first wait for the other ranks
+in the store that torchrun's processes share. That needs no collective, and fails after a timeout with the
+missing ranks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ Value = TypeVar("Value")
 Shared = TypeVar("Shared")
 
 TIMEOUT_S = 60.0
-_held: Counter[tuple[int, ...]] = Counter()  # meetings that took place, by who took part
+# Number of completed meetings for each set of ranks.
+_meetings: Counter[tuple[int, ...]] = Counter()
 
 
 def world() -> tuple[int, int]:
-    """(this rank, how many)."""
+    """Rank of this process and number of processes; (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -37,12 +38,12 @@ def world() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Processes that work together; every method is collective.
+    """Group of ranks that work together; every method is collective.
 
     Attributes:
-        groups: a process group for each dimension of their mesh; None is all processes.
-        rank: this process among them.
-        size: how many there are.
+        groups: process group for each dimension of the mesh; None: all processes.
+        rank: rank of this process in the group.
+        size: number of ranks.
     """
 
     groups: tuple[Any, ...]
@@ -51,12 +52,12 @@ class RankGroup:
 
     @classmethod
     def everyone(cls) -> RankGroup:
-        """All processes."""
+        """The group of all processes."""
         return cls((None,), *world())
 
     @classmethod
     def of(cls, model: nn.Module) -> RankGroup | None:
-        """The ranks that hold the shards of ``model``; None where its weights are not spread."""
+        """The ranks that hold the shards of ``model``, or None if it is not sharded."""
         mesh = next(
             (m for p in model.parameters() if (m := getattr(p, "device_mesh", None)) is not None), None
         )
@@ -67,7 +68,7 @@ class RankGroup:
         return cls(groups, place, mesh.mesh.numel())
 
     def gathered(self, mine: Value) -> list[Value]:
-        """Each rank's own, by rank."""
+        """Gather a value from every rank, in the order of ranks."""
         found: list[Any] = [mine]
         for group in reversed(self.groups if self.size > 1 else ()):
             every: list[Any] = [None] * dist.get_world_size(group)
@@ -76,21 +77,21 @@ class RankGroup:
         return found
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' tensors, in place."""
+        """Sum a tensor over all ranks, in place, and return it."""
         for group in self.groups if self.size > 1 else ():
             dist.all_reduce(tensor, group=group)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Give every rank the first one's tensor, in place."""
+        """Copy the first rank's tensor to every rank, in place."""
         for group in reversed(self.groups if self.size > 1 else ()):
             dist.broadcast(tensor, dist.get_process_group_ranks(group)[0], group=group)
 
     def agreed(self, operation: str, work: Callable[[], Value]) -> Value:
-        """What ``work``, which waits for nobody, returns on this rank.
+        """Run ``work``, which is not collective, on every rank, and return this rank's result.
 
         Raises:
-            SkipscopeError: on every rank, where it failed on one: the others would wait for it otherwise.
+            SkipscopeError: on every rank, if it failed on any: the others would wait for it otherwise.
         """
         value, error = None, None
         try:
@@ -101,31 +102,35 @@ class RankGroup:
         return value  # type: ignore[return-value]
 
     def end_together(self, operation: str, error: Exception | None) -> None:
-        """Raise this rank's error, or another rank's; return where there is none on any."""
+        """Raise this rank's error or that of another rank; return if no rank has an error."""
         self.raise_first(operation, self.gathered(sendable_error(error)), error)
 
     @staticmethod
     def raise_first(operation: str, errors: Sequence[SkipscopeError | None], mine: Exception | None) -> None:
-        """As :meth:`end_together`, of errors that were gathered already, each a :func:`sendable_error`."""
+        """Raise as :meth:`end_together` does, from gathered errors of :func:`sendable_error`."""
         if mine is not None:
             raise mine
         for rank, error in enumerate(errors):
             if error is not None:
                 raise SkipscopeError(
-                    operation, f"rank {rank} failed: {error.problem}", layer=error.layer,
-                    expected=error.expected, got=error.got, cure=error.cure,
-                )  # fmt: skip
+                    operation,
+                    f"rank {rank} failed: {error.problem}",
+                    layer=error.layer,
+                    expected=error.expected,
+                    got=error.got,
+                    cure=error.cure,
+                )
 
     def done_by_first(
         self, operation: str, work: Callable[[], tuple[Value, Shared]]
     ) -> tuple[Value | None, Shared]:
-        """Work that the first rank alone does, for example on files.
+        """Run ``work`` on the first rank only, for example on files.
 
         Returns:
-            What the work returned first, on the first rank alone; and what it returned second, on every rank.
+            The first result of ``work`` on the first rank (None elsewhere), and the second on every rank.
 
         Raises:
-            SkipscopeError: on every rank, where the first one failed: the others would wait for it otherwise.
+            SkipscopeError: on every rank, if the first rank failed: the others would wait for it otherwise.
         """
         value, shared, error = None, None, None
         if self.rank == 0:
@@ -139,22 +144,21 @@ class RankGroup:
 
 
 def sendable_error(error: Exception | None) -> SkipscopeError | None:
-    """An error in a form that other ranks can raise."""
+    """Convert an error to a form that other ranks can raise."""
     if error is None or isinstance(error, SkipscopeError):
         return error
     return SkipscopeError("", f"{type(error).__name__}: {error}"[:500], cure="see what that rank says")
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process ended or did not answer; torch has no class for it."""
+    """Whether an error means that another process ended or did not answer; torch has no class for it."""
     text = f"{type(error).__name__} {error}"
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "DistNetworkError")
     return isinstance(error, RuntimeError | OSError) and any(word in text for word in words)
 
 
 def ranks_of(model: nn.Module) -> tuple[int, ...]:
-    """The ranks without which ``model`` cannot run, because its weights are spread over them (FSDP, tensor
-    parallel).
+    """The ranks that must run ``model`` together because its weights are sharded (FSDP, tensor parallel).
 
     Example:
         >>> ranks_of(nn.Linear(2, 2))
@@ -174,7 +178,7 @@ def ranks_of(model: nn.Module) -> tuple[int, ...]:
 
 
 def greatest(model: nn.Module, value: float) -> float:
-    """The greatest of the values of the ranks that ``model`` is spread over (collective)."""
+    """Maximum of ``value`` over the ranks of a sharded ``model`` (collective)."""
     meshes = {id(m): m for p in model.parameters() if (m := getattr(p, "device_mesh", None)) is not None}
     for mesh in meshes.values():
         number = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
@@ -185,24 +189,22 @@ def greatest(model: nn.Module, value: float) -> float:
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over ranks."""
+    """Whether a tensor is a DTensor, spread over ranks."""
     return hasattr(tensor, "placements")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; put together from its shards where it is spread over ranks (collective)."""
+    """Gather the full tensor of a DTensor (collective); any other tensor is returned unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself; this rank's shard of it, in its own memory, where it is spread over ranks."""
+    """This rank's shard of a DTensor, without a copy; any other tensor is returned unchanged."""
     return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[operator]
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, spread as ``like`` is: each rank keeps its part of it. Nothing
-    is sent.
-    """
+    """Shard a full tensor, equal on all ranks, like ``like``, without communication."""
     if not is_spread(like) or is_spread(tensor):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -212,13 +214,17 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
         if place.is_shard():
             part = _chunk(part, place.dim, at, count)
     return DTensor.from_local(
-        part.clone(), mesh, like.placements, run_check=False,  # type: ignore[attr-defined]
-        shape=tensor.shape, stride=tensor.contiguous().stride(),
-    )  # fmt: skip
+        part.clone(),
+        mesh,
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.contiguous().stride(),
+    )
 
 
 def _chunk(tensor: Tensor, dimension: int, at: int, count: int) -> Tensor:
-    """Part ``at`` of ``count`` as ``torch.chunk`` cuts them: the last ones may be shorter, or empty."""
+    """Chunk ``at`` of ``count`` as in ``torch.chunk``: the last chunks may be shorter or empty."""
     size = tensor.shape[dimension]
     step = -(-size // count)
     start = min(at * step, size)
@@ -226,25 +232,27 @@ def _chunk(tensor: Tensor, dimension: int, at: int, count: int) -> Tensor:
 
 
 def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -> None:
-    """Wait until each of ``ranks``, this one among them, has come to the same call.
+    """Wait until each of ``ranks``, including this one, has made the same call.
 
     Raises:
-        SkipscopeError: one of them has not come within ``timeout`` seconds.
+        SkipscopeError: a rank has not made the call within ``timeout`` seconds.
     """
     if len(ranks) < 2:
         return
     seconds = TIMEOUT_S if timeout is None else timeout
     store = shared_store()
-    place, n = f"skipscope/{zlib.crc32(repr(ranks).encode())}", _held[ranks]
+    place, n = f"skipscope/{zlib.crc32(repr(ranks).encode())}", _meetings[ranks]
     keys = {rank: f"{place}/{n}/{operation}/{rank}" for rank in ranks}
     mine = keys[dist.get_rank()]
     store.set(mine, "here")
     try:
         store.wait(list(keys.values()), timedelta(seconds=seconds))
-    except Exception as error:  # the stores raise different kinds
+    # Each kind of store raises its own type of error.
+    except Exception as error:
         missing = [rank for rank, key in keys.items() if not store.check([key])]
         if missing:
-            store.delete_key(mine)  # a later call must not be taken for this one
+            # A later call must not be mistaken for this one.
+            store.delete_key(mine)
             raise SkipscopeError(
                 operation,
                 f"not every rank called it within {seconds:g} s: it is collective",
@@ -252,4 +260,4 @@ def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -
                 got=f"none on rank {', '.join(map(str, missing))}",
                 cure=f"call {operation} on every rank, not only on rank 0; only rank 0 prints and writes",
             ) from error
-    _held[ranks] += 1
+    _meetings[ranks] += 1

@@ -1,9 +1,9 @@
-"""Functions that a deep copy shares with its original, bound to the copy.
+"""Rebinding of functions that a deep copy shares with its original.
 
-``copy.deepcopy`` copies bound methods, partials and objects, but takes functions as they are. A closure that
-is set as ``module.forward``, kept in an attribute or registered as a hook would go on running the original's
-modules. Here each such function is made again, around what stands in the copy for what it holds. A function
-that names the model as a global variable cannot be made again, and is refused.
+``copy.deepcopy`` copies bound methods, partials and objects, but not functions. A closure that is set as
+``module.forward``, kept in an attribute or registered as a hook would still run the original's modules. Here
+such functions are rebuilt with the copy's counterparts of the objects in their closures. A function that
+reads the model from a global variable cannot be rebuilt, and is refused.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from skipscope._errors import SkipscopeError
 
 _DYNAMO = os.path.join(os.path.dirname(str(torch.__file__)), "_dynamo") + os.sep
 _CONTAINERS = (dict, list, tuple, set, deque)
-_MOST = 100_000  # objects that are looked through behind the functions of one model
+# Most objects that are searched behind a value.
+_MAX_SEARCHED = 100_000
 
 
 def rebind(copied: nn.Module, memo: dict[int, Any], operation: str) -> None:
-    """Bind to a deep copy what it shares with its original.
+    """Rebind the functions of a deep copy from its original to the copy.
 
-    Functions that ``torch.compile`` made become the eager functions inside.
+    Functions compiled by ``torch.compile`` are replaced by the eager functions inside.
 
     Args:
-        copied: what ``copy.deepcopy(model, memo)`` returned.
-        memo: the memo of that call: for each object that was copied, by identity, its copy.
-        operation: named in errors.
+        copied: result of ``copy.deepcopy(model, memo)``.
+        memo: memo of that call: id of each copied object -> its copy.
+        operation: public call, named in errors.
 
     Raises:
-        SkipscopeError: a function names the original as a global variable.
+        SkipscopeError: a function reads the original from a global variable.
     """
     rebinder = _Rebinder(memo, operation)
     rebinder.own.update(map(id, copied.modules()))
@@ -56,7 +57,7 @@ def rebind(copied: nn.Module, memo: dict[int, Any], operation: str) -> None:
 
 
 def eager(function: Any) -> Any:
-    """The function inside one that ``torch.compile`` made, or the function itself."""
+    """The eager function inside a function compiled by ``torch.compile``, or the function itself."""
     while isinstance(function, types.FunctionType) and function.__code__.co_filename.startswith(_DYNAMO):
         inside = getattr(function, "_torchdynamo_orig_callable", None)
         if inside is None or getattr(function, "_torchdynamo_disable", False):
@@ -68,40 +69,41 @@ def eager(function: Any) -> Any:
 
 
 class _Rebinder:
-    """Maps what functions hold to what stands for it in the copy.
+    """Map from objects of the original to their counterparts in the copy, extended to functions.
 
     Args:
-        memo: of the deep copy.
-        operation: named in errors.
+        memo: memo of the deep copy.
+        operation: public call, named in errors.
     """
 
     def __init__(self, memo: dict[int, Any], operation: str):
         self.operation = operation
         self.images = dict(memo)
         self.own = {id(image) for key, image in memo.items() if key != id(image)}
-        self.kept: list[Any] = [memo]  # identities stay their own while these live
+        # References to these objects keep their ids from being reused.
+        self.kept: list[Any] = [memo]
 
     def rebound(self, value: Any) -> Any:
-        """What takes the place of a value that the copy holds."""
+        """The replacement of a value that the copy holds, or the value itself."""
         value = eager(value)
         if isinstance(value, types.MethodType | functools.partial | tuple):
             if not any(map(self._reaches, _contents(value))):
                 return value
-            made = self._made(value)
+            made = self._rebuilt(value)
             self.own.add(id(made))
             self.kept.append(made)
             return made
         return self.image(value) if isinstance(value, types.FunctionType | weakref.ref) else value
 
     def image(self, value: Any) -> Any:
-        """The copy's counterpart of a value, or the value itself if it has nothing of the original in it."""
+        """The copy's counterpart of a value, or the value itself if it does not refer to the original."""
         value = eager(value)
         known = self.images.get(id(value))
         if known is not None:
             return known
-        return self._made(value) if self._reaches(value) else value
+        return self._rebuilt(value) if self._reaches(value) else value
 
-    def _made(self, value: Any) -> Any:
+    def _rebuilt(self, value: Any) -> Any:
         image = self.image
         self.kept.append(value)
         if isinstance(value, types.FunctionType):
@@ -118,7 +120,8 @@ class _Rebinder:
         if isinstance(value, tuple | set):
             made = [image(v) for v in value]
             return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
-        made = self.images[id(value)] = copy.copy(value)  # before its contents: they may lead back to it
+        # Registered before its contents are mapped, because they may refer back to it.
+        made = self.images[id(value)] = copy.copy(value)
         _replace(vars(made) if _has_attributes(made) else made, image)
         return made
 
@@ -140,10 +143,10 @@ class _Rebinder:
         return made
 
     def _reaches(self, value: Any) -> bool:
-        """Whether a value leads to something of the original of which the copy has its own."""
+        """Whether an object of the original with a counterpart in the copy is reachable from a value."""
         seen: set[int] = set()
         queue = [value]
-        while queue and len(seen) < _MOST:
+        while queue and len(seen) < _MAX_SEARCHED:
             thing = queue.pop()
             if id(thing) in seen or id(thing) in self.own:
                 continue
@@ -159,7 +162,7 @@ class _Rebinder:
         return False
 
     def _globals(self, function: types.FunctionType) -> list[str]:
-        """The global variables that a function reads and that are of the original."""
+        """Names of global variables of a function that refer to the original."""
         return [
             name
             for name in _global_names(function.__code__)
@@ -186,7 +189,7 @@ class _Rebinder:
 
 
 def _replace(contents: Any, image: Any) -> None:
-    """Put in place of each of a container's values its image."""
+    """Replace each value of a container by its image, in place."""
     if isinstance(contents, dict):
         for key, value in list(contents.items()):
             if (new := image(value)) is not value:
@@ -198,7 +201,7 @@ def _replace(contents: Any, image: Any) -> None:
 
 
 def _contents(value: Any) -> Iterable[Any]:
-    """What a container or a function holds."""
+    """The objects that a container or a function refers to."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, _CONTAINERS):
@@ -224,7 +227,7 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether a value is a module, or an object of the user's own."""
+    """Whether a value is a module or an object of a class of the user's."""
     kind = type(value)
     if issubclass(kind, nn.Module):
         return True
@@ -235,7 +238,7 @@ def _has_attributes(value: Any) -> bool:
 
 @functools.lru_cache(4096)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """The names of the global variables that a function, or one defined in it, reads."""
+    """Names of the global variables that a function or a function nested in it reads."""
     return tuple(sorted(set(_each_global_name(code))))
 
 

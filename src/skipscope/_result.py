@@ -1,8 +1,8 @@
-"""What a result is: frozen data that prints, becomes plain data, draws itself, saves and loads.
+"""Base class of results: frozen data with printing, plotting, saving and loading.
 
-A result knows nothing of how it is drawn. ``plot``, ``save("x.html")`` and the notebook view ask the drawer
-that the package root registers (see ``skipscope/__init__.py``): no lower package
-imports a higher one otherwise.
+A result does not import any drawing code. ``plot``, ``save("x.html")`` and the notebook view call the drawer
+that the package root registers (see ``skipscope/__init__.py``), so that no lower package imports a higher
+package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TABLE_FORMATS = {".csv": Table.csv, ".tex": Table.latex, ".md": Table.markdown,
 
 
 class Result:
-    """The base of every frozen result.
+    """Base class of every result.
 
     A subclass is a frozen dataclass whose fields are numbers, strings, ``numpy`` arrays, other results, or
     tuples, lists and dicts of these; it implements :meth:`table`.
@@ -53,9 +53,9 @@ class Result:
         (True, 'GradientFlow', True)
     """
 
-    # What `save` writes first, so that a file says what it is before it is read.
+    # Format number that `save` writes and `load` checks.
     FORMAT: ClassVar[int] = 1
-    # Fields that files of earlier versions have under another name: old -> new.
+    # Fields renamed since earlier versions of the file format: old name -> new name.
     RENAMED: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any):
@@ -70,7 +70,7 @@ class Result:
         return self.table().text()
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data: dicts, lists, strings, numbers, None. Arrays become nested lists."""
+        """Convert the result to dicts, lists, strings, numbers and None. Arrays become nested lists."""
         return _plain(self)
 
     def to_dataframe(self) -> Any:
@@ -85,42 +85,41 @@ class Result:
         """Draw the result with matplotlib.
 
         Args:
-            ax: axes to draw into, 3-D ones too for a surface; several results drawn into the same axes get
-                styles of their own. For several surfaces a sequence of axes.
+            ax: axes to draw into, for a surface also 3-D axes; several results in the same axes get different
+                styles. For several surfaces a sequence of axes.
             **options: by keyword, as follows.
 
         Options:
-            chart: which of its charts, counted as on its page; by default the first, and of a comparison its
-                picture.
+            chart: index of the chart, as on the page; by default the first chart, or the summary picture of a
+                comparison.
             figsize: width and height of a new figure, in inches.
-            title: above the axes, instead of a surface's own; "" leaves it out.
+            title: title above the axes, instead of a surface's own; "" for none.
             notes: False leaves out the sentences beside the axes.
-            legend: False leaves out the legend, or the bar of colours.
-            limits: both ends ``(low, high)`` of the scale of colours, or of a line's y axis. Or other results
-                with a surface: their common scale, so that pictures in several axes can be compared.
-            label: of a line, in the legend.
-            kind: of a surface, "contour" or "3d"; by default what ``ax`` is.
-            most: of bars, how many are drawn.
+            legend: False leaves out the legend or the colour bar.
+            limits: ``(low, high)`` of the colour scale, or of a line's y axis. Or other results with a
+                surface, for a common scale across several axes.
+            label: label of a line in the legend.
+            kind: "contour" or "3d" for a surface; by default the projection of ``ax``.
+            most: maximum number of bars.
 
         Returns:
-            The axes; an array of them where there are several. ``skipscope.style("paper")`` fits all of them
-            for a paper.
+            The axes, or an array of several axes. ``skipscope.style("paper")`` sets sizes for a paper.
 
         Raises:
-            SkipscopeError: the result has no such chart, the chart no such option, or the axes are not for
-                it.
+            SkipscopeError: the result has no such chart, the chart has no such option, or the axes do not
+                fit it.
         """
-        return _draw("plot", self, ax=ax, **options)
+        return call_drawer("plot", self, ax=ax, **options)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the result to a file, whole or not at all; the ending says how.
+        """Write the result to a file atomically, in the format of the file extension.
 
-        ``.json`` holds everything and is read back by ``skipscope.load``. ``.html`` is one self-contained
-        page (it carries the data too, and loads as well); ``.png``, ``.svg`` and ``.pdf`` are pictures;
-        ``.csv``, ``.tex``, ``.md`` and ``.npz`` hold the table.
+        ``.json`` holds everything and is read back by ``skipscope.load``. ``.html`` is a self-contained page
+        that includes the data, and can be loaded too. ``.png``, ``.svg`` and ``.pdf`` are pictures; ``.csv``,
+        ``.tex``, ``.md`` and ``.npz`` hold the table.
 
         Raises:
-            SkipscopeError: an unknown ending, or a place that cannot be written.
+            SkipscopeError: an unknown extension, or a path that cannot be written.
         """
         path = Path(path)
         ending = path.suffix.lower()
@@ -129,7 +128,7 @@ class Result:
         if ending in _TABLE_FORMATS and not options:
             return write_whole(path, _TABLE_FORMATS[ending](self.table()))
         if ending in _DRAWN:
-            return _draw("save", self, path, **options)
+            return call_drawer("save", self, path, **options)
         raise SkipscopeError(
             "save",
             f"unknown kind of file {path.name}",
@@ -138,36 +137,32 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        return _draw("fragment", self)
+        return call_drawer("fragment", self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`."""
+        """Build a result from the data of :meth:`to_dict`."""
         return _converter().structure(data, cls)
 
 
 def register_drawer(module: str) -> None:
-    """Name the module that draws: it has ``plot(result, ax)``, ``save(result, path)`` and
-    ``fragment(result)``.
-    """
+    """Register the drawing module: ``plot(result, ax)``, ``save(result, path)``, ``fragment(result)``."""
     global _drawer
     _drawer = module
 
 
 def register_reader(function: str) -> None:
-    """Name a function ``module:name`` that ``load`` asks for files it does not know itself; it may return
-    None.
-    """
+    """Register a function ``module:name`` that reads files unknown to ``load``, or returns None."""
     _readers.append(function)
 
 
-def _draw(what: str, *args: Any, **options: Any) -> Any:
+def call_drawer(what: str, *args: Any, **options: Any) -> Any:
     assert _drawer is not None, "skipscope/__init__.py registers a drawer"
     return getattr(importlib.import_module(_drawer), what)(*args, **options)
 
 
 def dumps(result: Result) -> str:
-    """A result as JSON text that any strict reader accepts: what is not finite is written as a string."""
+    """Serialise a result as strict JSON: numbers that are not finite are written as strings."""
     data = finite(result.to_dict())
     content = {
         "skipscope": __version__,
@@ -180,18 +175,18 @@ def dumps(result: Result) -> str:
 
 
 def _checksum(data: Any) -> str:
-    """The SHA-256 of plain data, whatever the order of their keys."""
+    """SHA-256 of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def loads(text: str, source: str = "text") -> Result:
-    """The inverse of :func:`dumps`. Only results of skipscope are built; nothing in a file is ever run.
+    """Parse a result from text of :func:`dumps`. Builds results of skipscope only; no code in a file is run.
 
     Warns:
-        UserWarning: the data are not those that were saved: a bit was flipped, or the file was edited.
+        UserWarning: the data does not match its checksum: the file was damaged or edited.
 
     Raises:
-        SkipscopeError: the text is no saved result, was cut short, or was written in a later format.
+        SkipscopeError: the text is not a saved result, is truncated, or has a later format.
     """
     try:
         content = json.loads(text)
@@ -204,7 +199,8 @@ def loads(text: str, source: str = "text") -> Result:
         kind = _kinds[content["result"]] if content["result"] in _kinds else _import_kind(content["result"])
         data = {kind.RENAMED.get(name, name): value for name, value in content["data"].items()}
         result = _converter().structure(data, kind)
-        str(result)  # a value of another type may fit its field, and fail where it is used
+        # A value of a wrong type may fit its field and fail only when it is used.
+        str(result)
         return result
     except SkipscopeError:
         raise
@@ -212,7 +208,8 @@ def loads(text: str, source: str = "text") -> Result:
         if error.name == "cattrs":
             raise MissingExtra("load", "cattrs") from error
         raise
-    except Exception as error:  # any malformed file must end here, whatever it holds
+    # Any malformed file must end in this error.
+    except Exception as error:
         raise SkipscopeError(
             "load",
             f"{source} is not a saved result, or was cut short ({type(error).__name__}: {str(error)[:200]})",
@@ -221,7 +218,7 @@ def loads(text: str, source: str = "text") -> Result:
 
 
 def refuse_later_format(content: dict[str, Any], known: int, source: str) -> None:
-    """Refuse what was written in a format that this version does not know yet.
+    """Refuse content in a format later than this version knows.
 
     Raises:
         SkipscopeError: ``content["format"]`` is greater than ``known``.
@@ -237,12 +234,12 @@ def refuse_later_format(content: dict[str, Any], known: int, source: str) -> Non
 
 
 def load(path: str | os.PathLike[str]) -> Result:
-    """Read what ``result.save(path)`` wrote: ``.json``, ``.html``, or a monitor's or a landscape's folder.
+    """Load a result saved as ``.json`` or ``.html``, or the folder of a monitor or a landscape.
 
     Local.
 
     Raises:
-        SkipscopeError: no such file, or not one of ours.
+        SkipscopeError: the file does not exist, or is not a saved result.
 
     Example:
         >>> import torch, skipscope as ss
@@ -277,12 +274,12 @@ def load(path: str | os.PathLike[str]) -> Result:
     return loads(text, str(path))
 
 
-# A page's data may not be greater than this once unpacked: a page of a few bytes can claim any size.
+# Largest size of a page's data after decompression: a page of a few bytes can claim any size.
 _UNPACKED_BYTES = 1 << 30
 
 
 def packed(text: str) -> str:
-    """Text as a page carries it: compressed, in letters and digits; a third of its size.
+    """Compress text for embedding in a page (zlib and base64), to about a third of its size.
 
     Example:
         >>> len(packed("{}" * 100)) < 100
@@ -292,12 +289,12 @@ def packed(text: str) -> str:
 
 
 def _text_of_page(page: str, path: Path) -> str:
-    """The JSON text of a page's result.
+    """Extract the JSON text of the result in a page.
 
     Raises:
-        SkipscopeError: the page carries none, or it was cut short.
+        SkipscopeError: the page has none, or is truncated.
     """
-    # Earlier pages carry the JSON as it is, every "<" as JSON's own escape.
+    # Earlier pages hold uncompressed JSON, with every "<" escaped.
     _, plain, rest = page.partition('<script type="application/json" id="skipscope-data">')
     if plain:
         return rest.partition("</script>")[0]
@@ -333,7 +330,7 @@ def _import_kind(name: Any) -> type[Result]:
 
 
 def _plain(value: Any) -> Any:
-    # NumPy's arrays and scalars have tolist; NumPy itself is slow to import and not needed here.
+    # Arrays and scalars of NumPy have tolist; importing NumPy would be slow.
     if (tolist := getattr(value, "tolist", None)) is not None:
         return tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -346,7 +343,7 @@ def _plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Plain data with what is not finite as strings ("nan", "inf"), for strict readers of JSON."""
+    """Replace numbers that are not finite by strings ("nan", "inf"), for strict JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""FSDP2: which modules are sharded units, and leaving them sharded, or whole, as they were found.
+"""Handling of FSDP2 units: which modules are units, and restoring their sharded or unsharded state.
 
-After a forward pass without a backward the root's weights stay whole, and the modules hold other Parameter
-objects than before: putting those back alone would leave FSDP believing that they are whole.
+After a forward pass without a backward pass the root's weights stay unsharded, and the modules hold other
+Parameter objects than before. Restoring the objects alone would leave FSDP's own state inconsistent.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ def units(model: nn.Module) -> list[Any]:
 
 
 def gathered_weights(model: nn.Module) -> dict[int, Tensor]:
-    """Id of a sharded weight -> what FSDP2 gathers in its place: the leaf of a backward pass."""
+    """Map ids of sharded weights to the unsharded weights of FSDP2, the leaves of a backward pass."""
     return {id(mine): whole for unit in units(model) for mine, whole in gathered_by_fsdp(unit)}
 
 
 def computed_in(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes that a mixed-precision policy of ``fully_shard`` has the model compute in."""
+    """Compute dtypes of the mixed-precision policies of ``fully_shard`` in a model."""
     return {dtype for unit in units(model) if (dtype := fsdp_dtype(unit)) is not None}
 
 
 @contextmanager
 def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run models inside; outside each unit is sharded, or whole, as it was. Collective where one must be made
-    whole.
+    """Restore on exit which FSDP units are sharded and which unsharded.
+
+    Collective if a unit must be unsharded.
     """
     held = [(unit, _identities(unit)) for model in models for unit in reversed(units(model))]
     try:
         yield
     finally:
-        for unit, before in held:  # inner units first: then what still differs is the outer one's own
+        # Inner units first, so that any remaining difference belongs to the outer unit itself.
+        for unit, before in held:
             if _identities(unit) != before:
                 unit.reshard()
             if _identities(unit) != before:
@@ -65,30 +67,35 @@ def sharded_call(
     """Surround a public call that all ranks of a sharded model make together.
 
     Args:
-        models: each is sharded inside, and as it was found outside; None is yielded where none is sharded.
-        operation: named in errors.
-        lost: what is raised where another rank ends, or does not answer.
+        models: models to reshard inside and to restore on exit. If none is sharded, None is yielded.
+        operation: public call, named in errors.
+        lost: function that makes the error if another rank ends or does not answer.
 
     Raises:
-        SkipscopeError: a rank does not come or is lost, or the ranks have no model in common.
+        SkipscopeError: a rank does not make the call or is lost, or the models or the ranks disagree.
     """
     models = list(models)
     sharded = [model for model in models if units(model)]
     if not sharded:
         yield None
         return
-    # A model that a forward pass left whole shows no mesh.
+    # A model that a forward pass left unsharded has no parameter with a mesh.
     ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]
     if len(sharded) < len(models):
         raise SkipscopeError(
-            operation, "some of the twins are sharded, and some are not", expected="all of them, or none",
-            got=f"{len(sharded)} of {len(models)}", cure="fully_shard the others on the same mesh",
-        )  # fmt: skip
+            operation,
+            "some of the twins are sharded, and some are not",
+            expected="all of them, or none",
+            got=f"{len(sharded)} of {len(models)}",
+            cure="fully_shard the others on the same mesh",
+        )
     if len(set(ranks)) > 1:
         raise SkipscopeError(
-            operation, "the twins are spread over different ranks", expected="one mesh for all twins",
+            operation,
+            "the twins are spread over different ranks",
+            expected="one mesh for all twins",
             got=f"ranks {sorted(set(ranks))}",
-        )  # fmt: skip
+        )
     meet(operation, ranks[0])
     try:
         with as_found(sharded):
@@ -102,19 +109,20 @@ def sharded_call(
     except (RuntimeError, OSError) as error:
         if not is_lost_rank(error):
             raise
-        # Leaving the model as found fails too once a rank is lost; the first error says more.
+        # Once a rank is lost, restoring the model fails too; the first error says more.
         first = error.__context__
         raise first if isinstance(first, SkipscopeError) else lost() from error
 
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which
-    FSDP would not know. Collective; call it inside :func:`as_found`, which shards them again.
+    """Keep all weights unsharded inside, for a backward pass that begins in the middle of an FSDP unit.
+
+    FSDP would not notice such a pass. Collective; use it inside :func:`as_found`, which reshards the weights.
     """
     every = units(model)
     for unit in every:
-        # the first forward pass does it, which sets what is changed below
+        # The first forward pass would otherwise do this later and overwrite the settings below.
         begin_fsdp(unit)
     groups = [group for unit in every for group in fsdp_groups(unit)]
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
@@ -131,8 +139,9 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def taken_apart(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is as it was before ``fully_shard``, with whole weights, which are no part of it
-    afterwards (collective).
+    """Undo ``fully_shard`` inside the block (collective).
+
+    Inside, the model has full weights as parameters; they are removed from it on exit.
     """
     modules = list(model.modules())
     kinds = [type(module) for module in modules]
@@ -167,18 +176,19 @@ def _take_apart(module: nn.Module, weights: dict[int, nn.Parameter]) -> None:
 
 
 def _is_of_fsdp(hook: Any) -> bool:
-    function = getattr(hook, "hook", hook)  # torch wraps some
+    # Torch wraps some hooks.
+    function = getattr(hook, "hook", hook)
     return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
 
 
 class ForwardSteps:
-    """What the units of a model do in a forward pass, one after the other.
+    """Sequence of FSDP units entered and left in a forward pass.
 
-    Each gathers its weights from all ranks. Where a pass fails on one rank the others wait for its part in
-    the gathering that is left: it goes through the rest of the steps without computing anything.
+    Each unit gathers its weights from all ranks. If a pass fails on one rank, the others wait for it in the
+    remaining gathers; so that rank goes through the remaining steps without computing anything.
 
     Args:
-        model: sharded.
+        model: the sharded model.
     """
 
     def __init__(self, model: nn.Module):
@@ -188,7 +198,7 @@ class ForwardSteps:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, the steps are seen."""
+        """Record the steps of forward passes inside."""
         handles = []
         for unit in units(self.model):
             handles.append(unit.register_forward_pre_hook(lambda m, _: self._seen.append((m, True))))
@@ -201,7 +211,7 @@ class ForwardSteps:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Run the model inside as every other rank does; where that fails, the other ranks can continue."""
+        """Run a forward pass inside; if it fails, take the remaining steps so that no other rank waits."""
         self._seen = []
         try:
             yield
@@ -213,7 +223,7 @@ class ForwardSteps:
         self.order = self.order or self._seen
 
     def _left(self) -> list[tuple[Any, bool]]:
-        """The steps that have not been made; while no pass was whole, the ends of those that have begun."""
+        """The remaining steps of a pass; before any complete pass, the ends of the units entered so far."""
         if self.order is not None:
             return self.order[len(self._seen) :]
         begun = []
@@ -227,25 +237,27 @@ def _identities(unit: nn.Module) -> list[int]:
 
 
 def refuse_flattened(model: nn.Module, operation: str) -> None:
-    """Refuse FSDP1, whose flat parameters do not tell which module holds which weight.
+    """Refuse FSDP1: its flat parameters do not show which module holds which weight.
 
     Raises:
-        SkipscopeError: as said.
+        SkipscopeError: a module is sharded by FSDP1.
     """
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise SkipscopeError(
-                operation, "FSDP1 flattens parameters: which module holds which weight cannot be seen",
+                operation,
+                "FSDP1 flattens parameters: which module holds which weight cannot be seen",
                 expected="DDP, FSDP2 (fully_shard), or no sharding",
-                got="FullyShardedDataParallel", cure="shard with torch.distributed.fsdp.fully_shard",
-            )  # fmt: skip
+                got="FullyShardedDataParallel",
+                cure="shard with torch.distributed.fsdp.fully_shard",
+            )
 
 
 def refuse_unmovable(model: nn.Module, operation: str) -> None:
-    """Refuse weights that something else than FSDP2 spreads over ranks, for what moves each shard.
+    """Refuse weights sharded by anything but FSDP2, for calls that change each shard in place.
 
     Raises:
-        SkipscopeError: FSDP1, or tensor parallelism, alone or beside FSDP2; several meshes.
+        SkipscopeError: FSDP1; tensor parallelism, with or without FSDP2; several meshes.
     """
     refuse_flattened(model, operation)
     meshes = {p.device_mesh for p in model.parameters() if is_spread(p)}  # pyright: ignore[reportAttributeAccessIssue]
@@ -259,28 +271,30 @@ def refuse_unmovable(model: nn.Module, operation: str) -> None:
 
 
 def refuse_disagreement(model: nn.Module, group: RankGroup, operation: str) -> None:
-    """Refuse tensors that every rank holds whole and that are not the same on all of them: there is no such
-    model (collective).
+    """Refuse tensors that are not sharded but differ between the ranks (collective).
 
     Raises:
-        SkipscopeError: naming the first; most likely batch-norm statistics of training without SyncBatchNorm.
+        SkipscopeError: a tensor differs; most likely batch-norm statistics of training without SyncBatchNorm.
     """
     held = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor) and not is_spread(t)}
     every = group.gathered({name: hash_of([tensor]) for name, tensor in held.items()})
     name = next((n for n in every[0] if any(other.get(n) != every[0][n] for other in every)), None)
     if name is not None:
         raise SkipscopeError(
-            operation, "the ranks hold different values of a tensor that is not sharded", layer=name,
-            expected="one model: the same buffers on every rank", got="values that differ",
+            operation,
+            "the ranks hold different values of a tensor that is not sharded",
+            layer=name,
+            expected="one model: the same buffers on every rank",
+            got="values that differ",
             cure="torch.distributed.broadcast(buffer, 0) for each of model.buffers(), or nn.SyncBatchNorm",
-        )  # fmt: skip
+        )
 
 
 def refuse_spread(model: nn.Module, operation: str) -> None:
-    """Refuse parameters that are spread over ranks (FSDP2, tensor parallel), for what moves whole weights.
+    """Refuse sharded parameters (FSDP2, tensor parallel), for calls that change full weights.
 
     Raises:
-        SkipscopeError: as said; nothing else is looked at, so that every rank refuses alike.
+        SkipscopeError: FSDP1, or a sharded parameter; nothing else, so that all ranks refuse alike.
     """
     refuse_flattened(model, operation)
     for name, parameter in model.named_parameters():
@@ -299,6 +313,6 @@ def refuse_spread(model: nn.Module, operation: str) -> None:
 
 
 def class_name(module: nn.Module) -> str:
-    """Of the class that its author wrote: ``fully_shard`` puts one of its own before it."""
+    """Name of a module's original class: ``fully_shard`` inserts a class of its own before it."""
     names = [kind.__name__ for kind in type(module).__mro__]
     return names[2] if names[1] == "FSDPModule" else names[0]

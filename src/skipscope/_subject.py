@@ -1,7 +1,6 @@
-"""The subject of a public call: a model, its data and its loss, checked and read once, and what is found in
-them.
+"""Subject of a public call: the checked model, data and loss, with the shortcuts and boundaries found.
 
-:func:`prepare` is what a public call does first. What it returns is handed down; inner functions take it.
+A public call first calls :func:`prepare`, and passes the result to inner functions.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundar
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model with its data and its loss. Shortcuts and boundaries are found at first use, and kept.
+    """A model with its data and its loss. Shortcuts and boundaries are computed at first use and cached.
 
     Attributes:
-        model: out of its wrappers.
+        model: the model without its wrappers.
         data: the batches.
         loss: the objective.
-        operation: the public call, named in errors.
-        ranks: those without which the model cannot run; empty for most.
-        owned: the model is a throwaway copy, so nothing is restored after it has run.
-        given: shortcuts that are known already.
-        given_inputs: what the model is called with, where that is known already.
+        operation: public call, named in errors.
+        ranks: ranks that must run the model together; empty unless it is sharded.
+        owned: whether the model is a throwaway copy that is not restored after a run.
+        given: shortcuts, if known in advance.
+        given_inputs: inputs of the model, if known in advance.
     """
 
     model: nn.Module
@@ -47,33 +46,32 @@ class Subject:
 
     @property
     def inputs(self) -> Any:
-        """What the model is called with for the first batch: a tensor, a tuple, a Mapping or
-        :class:`Arguments`.
+        """Inputs of the model for the first batch: tensor, tuple, Mapping or :class:`Arguments`.
 
-        An ``@objective`` calls the model as it likes: one run of it, which ends at that call, tells.
+        For an ``@objective`` they are recorded in a run that is stopped at the first call of the model.
 
         Raises:
             SkipscopeError: the objective never calls the model.
         """
-        return self._once("inputs", self._inputs)
+        return self._cached("inputs", self._inputs)
 
     @property
     def found(self) -> Shortcuts:
         """The model's shortcuts."""
-        return self._once("found", self._found)
+        return self._cached("found", self._found)
 
     @property
     def boundaries(self) -> tuple[Boundary, ...]:
-        """Where the flow is read; an edited twin has its original's.
+        """Boundaries at which the gradient flow is measured; an edited twin shares those of its original.
 
         Raises:
-            SkipscopeError: the model has no float activation at all.
+            SkipscopeError: the model has no floating-point activation.
         """
-        return self._once("boundaries", self._boundaries)
+        return self._cached("boundaries", self._boundaries)
 
     @contextmanager
     def running(self, seed: int) -> Iterator[None]:
-        """Run the model inside, in the modes its modules are in, with a seed; outside nothing has changed."""
+        """Run the model inside with a seed, in its modules' current modes; all state is restored on exit."""
         if self.owned:
             left = throwaway(self.model, seed)
         else:
@@ -82,37 +80,33 @@ class Subject:
             yield
 
     def with_own_inputs(self) -> Subject:
-        """The same, with inputs copied for each pass where the model writes into them."""
-        if not getattr(self.found, "writes_inputs", False):  # it may be a plain list of shortcuts
+        """This subject, with inputs copied for each pass if the model writes into them."""
+        # `found` may be a plain list of shortcuts.
+        if not getattr(self.found, "writes_inputs", False):
             return self
         return replace(self, data=self.data.copied(), given=self.found, given_inputs=self.inputs)
 
     def twin(self, model: nn.Module, *, owned: bool = True) -> Subject:
-        """The same data and loss for a copy of the model, edited, trained or neither, with the same
-        shortcuts.
-        """
+        """This subject with a copy of the model (edited, trained or neither), and the same shortcuts."""
         return replace(self, model=model, owned=owned, given=self.found, given_inputs=self.inputs)
 
     def other(self, model: nn.Module, *, owned: bool = True) -> Subject:
-        """The same data and loss for another network, whose shortcuts are its own."""
+        """This subject with another network, which has its own shortcuts."""
         return replace(self, model=unwrapped(model), owned=owned, given=None, given_inputs=None)
 
     def on(self, batch: Batch) -> Subject:
-        """The same model and loss on one batch."""
+        """This subject with a single batch as data."""
         return replace(self, data=Batches([batch], single=True, cuttable=self.data.cuttable))
 
     def recalibrate(self, twin: nn.Module) -> nn.Module:
-        """Measure the batch-norm statistics of a twin again on the data (as ``skipscope.recalibrate``
-        does).
-        """
+        """Measure a twin's batch-norm statistics again on the data, as ``skipscope.recalibrate`` does."""
         return average_statistics(twin, self.data, self.loss.run)
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, computed at its first use.
+    def _cached(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, cached under ``name``.
 
-        Not ``functools.cached_property``: until Python 3.12 that holds one lock for all subjects, and a
-        thread that waits for its turn to run the model would wait for ever for a thread that waits for that
-        lock.
+        ``functools.cached_property`` could deadlock: until Python 3.12 it holds a single lock for all
+        subjects while ``compute`` waits for the lock of public calls.
         """
         known = self.__dict__.setdefault("_known", {})
         if name not in known:
@@ -136,10 +130,12 @@ class Subject:
             points = boundaries(self.model, self.inputs, found=self.found)
         if not points:
             raise SkipscopeError(
-                self.operation, "no float activation was seen in a forward pass",
-                expected="a float input, or an embedding", got=f"a model of type {type(self.model).__name__}",
+                self.operation,
+                "no float activation was seen in a forward pass",
+                expected="a float input, or an embedding",
+                got=f"a model of type {type(self.model).__name__}",
                 cure="pass the inputs that the model is trained on",
-            )  # fmt: skip
+            )
         return points
 
     def _first_call(self, batch: Batch) -> Any:
@@ -169,7 +165,7 @@ class Subject:
 
 
 class _Called(BaseException):
-    """Ends a run of an objective once the model is called; not an Exception, which people catch."""
+    """Stops a run of an objective at its call of the model; user code may catch any Exception."""
 
 
 def _without_history(tensor: Tensor) -> Tensor:
@@ -185,18 +181,18 @@ def prepare(
     weight: Callable[[Batch], float] | None = None,
     found: Shortcuts | None = None,
 ) -> Subject:
-    """Check and read what a public call was given.
+    """Check and read the arguments of a public call.
 
     Args:
-        model: as the user gave it.
-        data: as the user gave it.
-        loss: as the user gave it.
-        operation: the public call, named in errors.
-        weight: what a batch counts for in the mean over batches.
-        found: shortcuts that are known already; found at first use by default.
+        model: the user's model.
+        data: the user's data.
+        loss: the user's loss.
+        operation: public call, named in errors.
+        weight: batch -> its weight in the mean over batches.
+        found: shortcuts, if known in advance; by default they are found at first use.
 
     Raises:
-        SkipscopeError: model, data or loss cannot be read, or a rank stays away from a collective call.
+        SkipscopeError: model, data or loss cannot be read, or a rank does not take part in a collective call.
     """
     require_module(model, operation)
     ranks = ranks_of(model)

@@ -17,20 +17,20 @@ from skipscope._errors import MissingExtra
 from skipscope._numbers import short
 from skipscope._printable import printable
 
-# Narrower than this, words and numbers would be cut into pieces; a narrower terminal wraps the lines instead.
+# Below this width words and numbers would be split, so a narrower terminal wraps whole lines instead.
 _NARROWEST = 60
-# A spreadsheet takes a cell that begins with one of these for a formula.
+# A spreadsheet reads a cell that begins with one of these characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table as plain data: what every result prints, and what stands beside every chart.
+    """A table as plain data, printed by every result and shown with every chart.
 
     Attributes:
-        title: the line above the table.
-        columns: the headings.
-        rows: the cells, row by row; numbers stay numbers, so that each format writes them as it needs.
+        title: line above the table.
+        columns: headings.
+        rows: cells by row; numbers are not formatted, because each format writes them differently.
         notes: sentences below the table.
     """
 
@@ -45,9 +45,7 @@ class Table:
         return any(isinstance(c, int | float) for c in cells) and not any(isinstance(c, str) for c in cells)
 
     def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be
-        legible).
-        """
+        """Format the table as text of at most ``width`` columns (default: the terminal's; at least 60)."""
         width = max(width or shutil.get_terminal_size().columns, _NARROWEST)
         lines = textwrap.wrap(printable(self.title), width, break_on_hyphens=False)
         if self.columns:
@@ -62,7 +60,7 @@ class Table:
             gap = 3 if sum(words) <= width - 2 - 3 * (len(words) - 1) else 2
             sizes = [max(map(_cell_width, column)) for column in columns]
             while sum(sizes) > width - 2 - gap * (len(sizes) - 1) and max(sizes) > 1:
-                # The widest column folds, between words as long as one can.
+                # The widest column is narrowed, first among columns that can break between words.
                 foldable = [i for i in range(len(sizes)) if sizes[i] > words[i]] or list(range(len(sizes)))
                 sizes[max(foldable, key=sizes.__getitem__)] -= 1
             right = [self.numeric(i) for i in range(len(sizes))]
@@ -86,9 +84,7 @@ class Table:
         return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
 
     def csv(self) -> str:
-        """The rows as comma-separated values: numbers in full, text so that no spreadsheet runs it as a
-        formula.
-        """
+        """Rows as comma-separated values: numbers in full, text escaped against spreadsheet formulas."""
         lines = io.StringIO()
         writer = csv.writer(lines)
         writer.writerow([plain_text(column) for column in self.columns])
@@ -145,7 +141,7 @@ def plain_text(text: str) -> str:
 
 
 def _cell_width(text: str) -> int:
-    """The columns that a text takes in a terminal: wide letters take two, combining marks none."""
+    """Width of a text in terminal cells: wide characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(
@@ -154,7 +150,7 @@ def _cell_width(text: str) -> int:
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """A text cut at ``width`` columns, between words where that is possible."""
+    """Wrap a text at ``width`` cells, between words if possible."""
     lines, line = [], ""
     for word in re.findall(r"\S+\s*|\s+", text):
         if line and _cell_width(line + word.rstrip()) > width:
@@ -169,7 +165,7 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _aligned(row: list[str], sizes: list[int], right: list[bool], gap: int) -> Iterator[str]:
-    """The lines of one row; numbers stand at the right of their column."""
+    """Lines of a table row, with numbers aligned to the right."""
     parts = [_folded(cell, size) for cell, size in zip(row, sizes, strict=True)]
     for line in itertools.zip_longest(*parts, fillvalue=""):
         pads = [" " * (size - _cell_width(part)) for part, size in zip(line, sizes, strict=True)]
@@ -180,8 +176,7 @@ def _words(cell: Any) -> str:
     return printable(cell if isinstance(cell, str) else short(cell))
 
 
-# --- LaTeX
-# ------------------------------------------------------------------------------------------------------------
+# --- LaTeX ---
 
 _NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 _MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")

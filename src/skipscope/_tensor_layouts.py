@@ -1,4 +1,4 @@
-"""What tensors that are not strided (sparse, nested, oneDNN's) are made of, and how they are copied."""
+"""Storage of tensors that are not strided: sparse, nested and oneDNN tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def is_strided(tensor: Tensor) -> bool:
-    """Whether a tensor is plain memory with strides; ``copy.deepcopy`` refuses most others."""
+    """Whether a tensor has strided storage; ``copy.deepcopy`` refuses most other layouts."""
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def strided_parts(tensor: Tensor) -> list[Tensor]:
-    """The strided tensors that hold what a tensor holds: itself, or indices and values of a sparse one."""
+    """The strided tensors with a tensor's contents: itself, or the indices and values of a sparse tensor."""
     if tensor.is_nested:
         return list(tensor.unbind())
     if tensor.layout == torch.strided:
@@ -24,11 +24,12 @@ def strided_parts(tensor: Tensor) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor.to_dense()]  # oneDNN's own layout
+    # The remaining layout is that of oneDNN.
+    return [tensor.to_dense()]
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor; of a nested one without a common shape ``(samples, numbers a sample)``."""
+    """Shape of a tensor; for a nested tensor without a common shape ``(samples, elements per sample)``."""
     if tensor.is_nested and tensor.layout == torch.strided:
         samples = tensor.size(0)
         return samples, tensor.numel() // max(1, samples)

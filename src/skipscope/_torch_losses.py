@@ -1,4 +1,4 @@
-"""torch's own losses: what each divides by, exactly, and its losses sample by sample."""
+"""Exact normalisers and per-sample losses of torch's own losses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from skipscope._batches import batch_size
 
-Samples = tuple[Tensor, Tensor]  # per sample: its share of the numerator, and of the denominator, of the mean
+# Contribution of each sample to the numerator and to the denominator of the mean.
+Samples = tuple[Tensor, Tensor]
 
-# Stock losses: the function behind each, whose denominator for reduction="mean" is known exactly.
+# Losses whose denominator for reduction="mean" is known exactly.
 _BY_ELEMENT = (
     F.mse_loss,
     F.l1_loss,
@@ -47,7 +48,7 @@ class StockLoss:
     reduction: str
 
     def _class_weights(self, target: Tensor) -> Tensor:
-        """The denominator's share of each target element (class indices, or probabilities in dimension 1)."""
+        """Weight of each target in the denominator (class indices, or probabilities in dimension 1)."""
         if target.is_floating_point():
             return torch.ones_like(target.select(1 if target.ndim > 1 else 0, 0))
         counted = target.ne(self.options.get("ignore_index", -100))
@@ -67,7 +68,7 @@ class StockLoss:
         rows = output.movedim(1, -1) if self.function in _BY_CLASS and output.ndim > 2 else output
         if rows is output or target.is_floating_point() or not rows.is_contiguous():
             return self.function(output, target, **self.options, reduction="none")
-        # A language model's classes lie side by side in memory: as rows they are read six times as fast.
+        # A language model's classes are contiguous in memory; reading them as rows is six times as fast.
         rows, flat = rows.flatten(0, -2), target.flatten()
         return self.function(rows, flat, **self.options, reduction="none").view(target.shape)
 

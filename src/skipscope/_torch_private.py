@@ -1,7 +1,7 @@
-"""Every private name of torch that skipscope uses, each behind a function that says what it is for.
+"""Every private name of torch that skipscope uses, each behind a documented function.
 
-None is looked up when skipscope is imported. One that a version of torch lacks is refused by its name, or
-does without it where that changes no answer.
+No name is looked up when skipscope is imported. A name that a version of torch lacks is refused in an error,
+or replaced by public functions with the same results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 
-# What is looked up below, from ``torch`` on.
+# Names that are looked up below, relative to ``torch``.
 NAMES = (
     "_C.DisableTorchFunction",
     "_C._functorch.is_functorch_wrapped_tensor",
@@ -46,10 +46,10 @@ NAMES = (
 
 @functools.cache
 def named(path: str) -> Any:
-    """What ``torch.<path>`` is.
+    """Look up ``torch.<path>``.
 
     Raises:
-        SkipscopeError: this torch has no such name.
+        SkipscopeError: this version of torch has no such name.
     """
     found: Any = torch
     for part in path.split("."):
@@ -65,28 +65,28 @@ def named(path: str) -> Any:
     return found
 
 
-# --- calls of torch's functions ---------------------------------------------------------------------------
+# --- calls of torch's functions ---
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Function modes and tensor subclasses see no call that is made inside."""
+    """Disable ``__torch_function__`` of modes and tensor subclasses inside."""
     return named("_C.DisableTorchFunction")()
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is one of ``torch.vmap`` or ``torch.func``."""
+    """Whether a tensor is a wrapper of ``torch.vmap`` or ``torch.func``."""
     return named("_C._functorch.is_functorch_wrapped_tensor")(tensor)
 
 
 def untransformed(tensor: Tensor) -> Tensor:
-    """The tensor inside one for which :func:`is_transformed` holds."""
+    """Unwrap a tensor for which :func:`is_transformed` is true."""
     return named("_C._functorch.get_unwrapped")(tensor)
 
 
 def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that a tensor of another class is made of.
+    """The inner tensors of a tensor subclass.
 
-    They are the shard of a DTensor, or the result of a collective that is still under way.
+    Examples are the shard of a DTensor and the result of an unfinished collective.
     """
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return ()
@@ -95,19 +95,19 @@ def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_fused_weight_norm(func: Any) -> bool:
-    """Whether a function is the fused weight norm; no function is where torch has none."""
+    """Whether a function is the fused weight norm; always False if torch has none."""
     return func is getattr(torch, "_weight_norm", None)
 
 
 def norms_of(tensors: Sequence[Tensor], order: int, dtype: torch.dtype) -> list[Tensor]:
-    """The norm of each tensor, in one call on a GPU."""
+    """Compute the norm of each tensor, with a single call on a GPU."""
     if not hasattr(torch, "_foreach_norm"):
         return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
     return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, in one call on a GPU."""
+    """Copy each source into its target, with a single call on a GPU."""
     if not hasattr(torch, "_foreach_copy_"):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
@@ -116,7 +116,7 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def fused_linear() -> Any:
-    """OneDNN's linear layer and activation in one, ``(input, weight, bias, name, [], algorithm)``."""
+    """OneDNN's fused linear layer and activation, ``(input, weight, bias, name, [], algorithm)``."""
     return named("ops.mkldnn._linear_pointwise")
 
 
@@ -133,18 +133,18 @@ def schemas_of(function: str) -> list[list[tuple[str, bool]]]:
 
 
 def memory_without_address(storage: Any) -> int:
-    """An identifier of a storage that has no address (one on the meta device); 0 where there is none."""
+    """Identifier of a storage without an address (on the meta device), or 0 if torch has none."""
     return int(getattr(storage, "_cdata", 0))
 
 
-# Called with a scripted function or method, what runs it, and the arguments of the call.
+# Called with a scripted function or method, a callable that runs it, and the arguments of the call.
 ScriptListener = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _ScriptedCalls:
-    """Calls of scripted functions and methods, which no mode sees.
+    """Interceptor of calls of scripted functions and methods, which function modes do not see.
 
-    While anyone listens, torch's classes call the listener of the thread.
+    While a listener is registered, torch's script classes are patched to call the listener of the thread.
     """
 
     def __init__(self):
@@ -153,7 +153,7 @@ class _ScriptedCalls:
 
     @contextmanager
     def heard_by(self, listener: ScriptListener) -> Iterator[None]:
-        """Inside, the calls of this thread go through ``listener``."""
+        """Pass this thread's calls inside through ``listener``."""
         before = getattr(self._local, "listener", None)
         self._local.listener = listener
         self._change_users(1)
@@ -188,18 +188,18 @@ class _ScriptedCalls:
 scripted_calls = _ScriptedCalls()
 
 
-# --- custom functions -------------------------------------------------------------------------------------
+# --- custom functions ---
 
 _FUNCTION = os.path.join(os.path.dirname(torch.__file__), "autograd", "function.py")
-# Until torch 2.13 ``apply`` is written in Python.
+# Up to torch 2.13, ``apply`` is written in Python and has a frame.
 _APPLY_HAS_A_FRAME = isinstance(torch.autograd.Function.apply, MethodType)
 _applied: dict[CodeType, tuple[str, str] | None] = {}
 
 
 def applied_function(frame: FrameType) -> tuple[str, str] | None:
-    """Module and name of the ``autograd.Function`` that a frame applies; None where it applies none.
+    """Module and name of the ``autograd.Function`` that a frame applies, or None if it applies none.
 
-    The frame is that of ``apply``. From torch 2.14 on ``apply`` has none, and it is that of ``forward``.
+    The frame is that of ``apply``, or from torch 2.14 on, where ``apply`` has no frame, that of ``forward``.
     """
     code = frame.f_code
     if _APPLY_HAS_A_FRAME:
@@ -223,7 +223,7 @@ def _code_of_forward(kind: Any) -> Any:
 
 
 def arguments_applied(frame: FrameType) -> list[Any]:
-    """What the ``autograd.Function`` of :func:`applied_function` is applied to."""
+    """Arguments of the ``autograd.Function`` of :func:`applied_function`."""
     code, found = frame.f_code, frame.f_locals
     if code.co_filename == _FUNCTION:
         return list(found.get("args", ()))
@@ -234,49 +234,47 @@ def arguments_applied(frame: FrameType) -> list[Any]:
     return [value for value in given if not isinstance(value, torch.autograd.function.FunctionCtx)]
 
 
-# --- compiled code ----------------------------------------------------------------------------------------
+# --- compiled code ---
 
 
 def compiler_is_loaded() -> bool:
-    """Whether torch's compiler is loaded, as by whoever compiled something; loading it takes seconds."""
+    """Whether torch's compiler is loaded, as after any compilation; loading it takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 def as_written() -> AbstractContextManager[Any]:
-    """Compiled modules run as their code is written: hooks set after compilation would silently not be
-    called.
-    """
+    """Run compiled modules eagerly inside: hooks set after compilation would silently be skipped."""
     return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
 
 
 def compiled_from(module: Any) -> nn.Module | None:
-    """The module that ``torch.compile`` wrapped, or None."""
+    """The original module of a module compiled by ``torch.compile``, or None."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     kind = getattr(compiler, "OptimizedModule", None)
     return module._orig_mod if kind is not None and isinstance(module, kind) else None
 
 
-# --- hooks ------------------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
-    """The hooks on a parameter's gradient."""
+    """Gradient hooks of a parameter."""
     return list((getattr(parameter, "_backward_hooks", None) or {}).values())
 
 
 def accumulation_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
-    """The hooks that run once a parameter's gradient has been added."""
+    """Hooks of a parameter that run after its gradient has been accumulated."""
     return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks before and after a module's forward."""
+    """Forward hooks and forward pre-hooks of a module."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 @contextmanager
 def accumulation_hooks_off(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Some people run their optimizer in such hooks: a measurement must not take a step."""
+    """Disable post-accumulate hooks inside: they may run an optimizer, and a measurement must not step."""
     kept = [p._post_accumulate_grad_hooks for p in parameters]
     try:
         for p in parameters:
@@ -287,32 +285,32 @@ def accumulation_hooks_off(parameters: list[nn.Parameter]) -> Iterator[None]:
             p._post_accumulate_grad_hooks = hooks
 
 
-# --- several processes ------------------------------------------------------------------------------------
+# --- several processes ---
 
 
 def shared_store() -> Any:
-    """The store that the processes of a group share."""
+    """The key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
 
 
 def begin_fsdp(unit: Any) -> None:
-    """Let a unit of FSDP2 do what its first forward pass does."""
+    """Run the lazy initialisation of an FSDP2 unit, which its first forward pass would do."""
     unit._get_fsdp_state()._lazy_init()
 
 
 def fsdp_dtype(unit: Any) -> torch.dtype | None:
-    """What a unit of FSDP2 computes in; None is its weights' own dtype."""
+    """Compute dtype of an FSDP2 unit, or None for the dtype of its weights."""
     return unit._get_fsdp_state()._mp_policy.param_dtype
 
 
 def step_fsdp(unit: Any, entering: bool) -> None:
-    """Let a unit of FSDP2 do what it does before or after its forward pass, without one."""
+    """Run the pre-forward or post-forward step of an FSDP2 unit, without a forward pass."""
     state = unit._get_fsdp_state()
     state._pre_forward(unit, (), {}) if entering else state._post_forward(unit, (), None)
 
 
 def fsdp_groups(unit: Any) -> list[Any]:
-    """What a unit of FSDP2 gathers at once: several sets of weights in newer versions, one at most in 2.6."""
+    """Parameter groups of an FSDP2 unit: several in newer versions of torch, at most one in 2.6."""
     state = unit._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -320,37 +318,37 @@ def fsdp_groups(unit: Any) -> list[Any]:
 
 
 def gathered_by_fsdp(unit: Any) -> list[tuple[Tensor, Tensor]]:
-    """Each sharded weight of a unit of FSDP2 with what it gathers in its place, once it has done so."""
+    """Pairs of sharded and unsharded weights of an FSDP2 unit, for the weights gathered so far."""
     weights = [weight for group in fsdp_groups(unit) for weight in group.fsdp_params]
     return [(w.sharded_param, w.unsharded_param) for w in weights if hasattr(w, "_unsharded_param")]
 
 
-# --- backward passes --------------------------------------------------------------------------------------
+# --- backward passes ---
 
 
 def graph_task() -> int:
-    """The number of the backward pass that this thread runs; -1 outside of one."""
+    """Id of the backward pass that this thread runs, or -1 outside a backward pass."""
     return named("_C._current_graph_task_id")()
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass under way keeps its graph, so that a second one can follow."""
+    """Whether the current backward pass retains its graph."""
     return named("_C._autograd._get_current_graph_task_keep_graph")()
 
 
 def gradients(
     roots: Sequence[Any], sources: Sequence[Tensor], rows: Sequence[Tensor], *, batched: bool = False
 ) -> list[Tensor | None]:
-    """What ``torch.autograd.grad(roots, sources, rows, is_grads_batched=batched)`` returns, the graph kept.
+    """Compute ``torch.autograd.grad(roots, sources, rows, is_grads_batched=batched)``, retaining the graph.
 
-    The public call imports sympy, which takes a second, to compare shapes. It is made where torch lacks one
-    of the names.
+    The public function imports sympy to compare shapes, which takes a second. It is the fallback if torch
+    lacks one of the private names.
 
     Args:
         roots: tensors and gradient edges.
-        sources: what is differentiated by; None comes back where one is unreached.
-        rows: for each root a gradient of its shape; batched, ``[n, *shape]``.
-        batched: all rows at once, by vmap.
+        sources: tensors to differentiate with respect to; the gradient is None if a source is not reached.
+        rows: gradient for each root, of its shape; if batched, ``[n, *shape]``.
+        batched: whether to compute all rows at once with vmap.
     """
     try:
         engine = named("autograd.Variable._execution_engine.run_backward")
@@ -373,16 +371,16 @@ def gradients(
 
 
 def accumulator(parameter: Tensor) -> Any:
-    """The node that adds to ``parameter.grad``."""
+    """The AccumulateGrad node of a parameter."""
     with torch.enable_grad():
         return torch.autograd.graph.get_gradient_edge(parameter).node
 
 
 def will_run(node: Any) -> bool | None:
-    """Whether the pass under way fills the parameter's gradient.
+    """Whether the current backward pass runs the AccumulateGrad node of a parameter.
 
     Returns:
-        True or False; None where ``torch.autograd.grad`` returns that gradient instead of adding it up.
+        True or False, or None if ``torch.autograd.grad`` returns the gradient instead of accumulating it.
     """
     try:
         return named("_C._will_engine_execute_node")(node)
@@ -391,27 +389,27 @@ def will_run(node: Any) -> bool | None:
 
 
 def runs_whole_graph() -> bool:
-    """Whether the pass under way computes every gradient, and not only those of ``inputs=``."""
+    """Whether the current backward pass computes all gradients, and not only those of ``inputs=``."""
     return will_run(accumulator(torch.zeros((), requires_grad=True))) is True
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Call ``callback`` when the backward pass under way is over."""
+    """Call ``callback`` at the end of the current backward pass."""
     named("autograd.Variable._execution_engine.queue_callback")(callback)
 
 
 def keywords_of_call() -> dict[str, Any]:
-    """The keyword arguments of the module call whose global forward pre-hook asks, two frames up.
+    """Keyword arguments of the current module call, read two frames up from its global forward pre-hook.
 
-    Global hooks are not handed keywords. The dict belongs to this one call, so an entry that is replaced
-    reaches the forward pass and nobody else.
+    Global hooks do not receive keywords. The dict belongs to this call alone, so a replaced entry affects
+    only its forward pass.
     """
     found = sys._getframe(2).f_locals.get("kwargs")
     return found if isinstance(found, dict) else {}
 
 
 def count_backward_passes() -> int:
-    """How many backward passes this process has begun, this call's own included: torch numbers them."""
+    """Number of backward passes begun in this process, including one by this call: torch numbers them."""
     numbers: list[int] = []
     with torch.enable_grad():
         probe = torch.zeros((), requires_grad=True) * 1.0
@@ -432,7 +430,7 @@ class _Quiet:
             self._filter = warnings.filters[0]
 
     def remove(self) -> None:
-        """Warn again."""
+        """Restore the warning."""
         if self._filter in warnings.filters:
             warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
         self._filter = None
@@ -444,13 +442,13 @@ def quiet_about_global_hooks() -> _Quiet:
 
 
 class _Eager:
-    """Compiled code runs as written while anyone asks for it: torch's stance is one for the whole process."""
+    """Counted switch that makes compiled code run eagerly: torch's stance is global to the process."""
 
     def __init__(self):
         self._users, self._stance = 0, None
 
     def begin(self) -> bool:
-        """Begin to run compiled modules eagerly; False where nothing was compiled."""
+        """Make compiled modules run eagerly. Returns False if the compiler is not loaded."""
         if not compiler_is_loaded():
             return False
         self._users += 1
@@ -459,7 +457,7 @@ class _Eager:
         return True
 
     def end(self) -> None:
-        """The last one to end it restores the stance."""
+        """Restore torch's stance if this is the last user."""
         self._users -= 1
         if not self._users and self._stance is not None:
             self._stance.__exit__(None, None, None)

@@ -1,8 +1,8 @@
-"""Leaving a model, its gradients and the user's random state as they were found.
+"""Restoring a model, its gradients and the user's random state after a measurement.
 
 Every public call that runs a user's model does so inside :func:`untouched`. It takes a cheap snapshot
-(references, flags, clones of buffers and of whatever else a forward pass can write to; never of parameters),
-and puts everything back in ``finally``: after a return, an exception or Ctrl-C.
+(references, flags, and clones of buffers and of anything else that a forward pass can write to, except
+parameters), and restores it in ``finally``: after a return, an exception or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ _thread = threading.local()
 
 
 def is_measuring() -> bool:
-    """Whether this thread runs a model for a measurement: its passes belong to no training."""
+    """Whether this thread runs a model for a measurement, so that its passes are not part of a training."""
     return getattr(_thread, "depth", 0) > 0
 
 
-# The snapshots of :func:`one_snapshot`, by the id of the model; touched in turn only.
+# Snapshots of :func:`one_snapshot` by id of the model; accessed only with the lock ``turn``.
 _shared: dict[int, _Snapshot] = {}
 
 
 class _Snapshot:
-    """Everything that can change and be reached from the modules' attributes, apart from the values of
-    parameters.
+    """Snapshot of all mutable state reachable from the modules' attributes, except values of parameters.
 
-    Modules (those in a plain list too), containers, tensors, arrays, generators and objects of the user's own
-    keep their identity and get their contents back; parameters get ``.grad`` and ``requires_grad`` back.
+    Modules (even in a plain list), containers, tensors, arrays, generators and custom objects keep their
+    identity, and their contents are restored; for parameters ``.grad`` and ``requires_grad`` are restored.
     """
 
     def __init__(self, models: Iterable[nn.Module]):
@@ -65,24 +64,26 @@ class _Snapshot:
                 continue
             seen.add(id(thing))
             if isinstance(thing, dict | list | set) and not thing:
-                self.empty.append(thing)  # most of torch's own containers: no copy keeps the snapshot cheap
+                # Most of torch's own containers are empty; without copies the snapshot stays cheap.
+                self.empty.append(thing)
             else:
                 queue += self._keep(thing)
 
     def _keep(self, thing: Any) -> Iterable[Any]:
-        """Note what ``thing`` holds; returns what can be reached through it."""
+        """Save the contents of ``thing``. Returns the objects that it refers to."""
         kind = type(thing)
         if isinstance(thing, Tensor):
             is_parameter = isinstance(thing, nn.Parameter)
             if is_parameter or thing.is_leaf:
                 self.gradients.append((thing, thing.grad, thing.requires_grad))
             if is_parameter:
-                if type(thing.data) is Tensor:  # a shard frees and takes its storage as its library likes
+                # The storage of a shard is managed by its library.
+                if type(thing.data) is Tensor:
                     self.storages.append((thing, thing.data))
                 return ()
-        keeper = _keeper(kind)
+        keeper = _restorer_of(kind)
         if keeper is None and _has_attributes(kind):
-            thing, keeper = vars(thing), _keeper(dict)
+            thing, keeper = vars(thing), _restorer_of(dict)
         if keeper is None:
             return thing if isinstance(thing, tuple) else ()
         duplicate, restore = keeper
@@ -103,39 +104,41 @@ class _Snapshot:
             restore(thing, before)
         for tensor, grad, requires_grad in self.gradients:
             if tensor.grad_fn is not None:
-                tensor.detach_()  # written to by something that carries a gradient
-            tensor.grad = None  # a gradient of another dtype can only be replaced through None
+                # An in-place operation has given the tensor a history.
+                tensor.detach_()
+            # A gradient of another dtype can only be replaced after setting it to None.
+            tensor.grad = None
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
 
 
 @functools.lru_cache(4096)
 def _has_attributes(kind: type) -> bool:
-    """Modules, and objects of the user's own."""
+    """Whether a class is a module or a class of the user's, whose attributes are saved."""
     if issubclass(kind, nn.Module):
         return True
-    # Objects of the standard library and of torch may hold threads, locks and files: they are left alone.
+    # Objects of the standard library and of torch may hold threads, locks and files, so they are skipped.
     package = kind.__module__.partition(".")[0]
     left_alone = package in {"torch", "numpy", "skipscope"} or package in sys.stdlib_module_names
     return not left_alone and not issubclass(kind, type) and bool(kind.__dictoffset__)
 
 
 @functools.lru_cache(4096)
-def _keeper(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
-    """How this kind of thing is copied, and how it gets its contents back."""
+def _restorer_of(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
+    """Functions that copy a mutable object of this class and restore its contents, or None."""
     return next(
-        ((duplicate, restore) for kinds, duplicate, restore in _WAYS if issubclass(kind, kinds)), None
+        ((duplicate, restore) for kinds, duplicate, restore in _RESTORERS if issubclass(kind, kinds)), None
     )
 
 
 def _renormalised(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Weights that a forward pass rescales in place: those of embeddings with ``max_norm``."""
+    """Weights of embeddings with ``max_norm``, which a forward pass rescales in place."""
     embeddings = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     return [m.weight for m in embeddings if m.max_norm is not None and not m.weight.is_meta]
 
 
 def _restore_storage(parameter: nn.Parameter, held: Tensor) -> None:
-    """Undo ``parameter.data = other``, by which people merge, average and swap weights."""
+    """Undo ``parameter.data = other``, which is used to merge, average and swap weights."""
     now = parameter.data
     same = now.dtype == held.dtype and now.shape == held.shape and now.stride() == held.stride()
     if not same or now.data_ptr() != held.data_ptr() or now.device != held.device:
@@ -149,7 +152,8 @@ def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
         with torch.no_grad():
             if tensor.is_nested:
                 for part, held in zip(strided_parts(tensor), strided_parts(before)):
-                    part.copy_(held)  # a part of a nested tensor is its memory
+                    # A part of a nested tensor shares its memory.
+                    part.copy_(held)
             elif tensor.shape == before.shape:
                 tensor.copy_(before)
             else:
@@ -157,7 +161,7 @@ def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
 
 
 def _are_equal(tensor: Tensor, before: Tensor) -> bool:
-    """Whether two tensors of one layout hold the same bits."""
+    """Whether two tensors have the same layout, shape and bits."""
     if tensor.layout != before.layout or (not tensor.is_nested and tensor.shape != before.shape):
         return False
     mine, theirs = strided_parts(tensor.detach()), strided_parts(before.detach())
@@ -167,7 +171,7 @@ def _are_equal(tensor: Tensor, before: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers, so that NaN equals NaN and -0 does not equal 0."""
+    """View a tensor's memory as integers, so that NaN equals NaN and -0 does not equal 0."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.view(integer) if tensor.is_floating_point() else tensor
@@ -179,7 +183,7 @@ def _restore_array(array: np.ndarray, before: np.ndarray) -> None:
 
 
 def _restore_dict(items: dict[Any, Any], before: dict[Any, Any]) -> None:
-    # By identity: tensors cannot be compared with ==, and a changed order is a change.
+    # Compared by identity, because tensors cannot be compared with ==; a changed order counts as a change.
     pairs = zip(items.items(), before.items(), strict=False)
     if len(items) != len(before) or any(i is not j or x is not y for (i, x), (j, y) in pairs):
         items.clear()
@@ -196,12 +200,12 @@ def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any])
     (generator.bit_generator.state,) = before
 
 
-# The most frequent values that cannot change.
+# The most frequent immutable types.
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
 
-# What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is
-# searched further.
-_WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
+# Mutable types, with functions to copy an object and to restore its contents. A copy that is a dict or a list
+# is searched further.
+_RESTORERS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
     (Tensor, lambda tensor: tensor.detach().clone(), _restore_tensor),
     (dict, dict, _restore_dict),
     (list | deque | set, list, _restore_items),
@@ -216,22 +220,22 @@ _WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
 def untouched(
     *models: nn.Module, training: bool | None = None, seed: int | None = None, operation: str = "skipscope"
 ) -> Iterator[None]:
-    """Do anything with ``models`` inside; outside nothing has changed.
+    """Restore ``models`` and the global random state on exit, whatever runs inside.
 
-    Kept bit for bit: buffers, the identity of every ``.grad``, training flags, ``requires_grad``, hooks,
+    Restored bit for bit: buffers, the identity of every ``.grad``, training flags, ``requires_grad``, hooks,
     attributes, and the global random state. Inside, every ``.grad`` is None, gradients are enabled and
-    inference mode is off. A parameter gets its storage back, but not values that were written into it: they
-    are the caller's to leave alone.
+    inference mode is off. The storage of a parameter is restored, but not values that were written into it:
+    the caller must not write to parameters.
 
     Args:
-        models: the modules that will be run.
-        training: True or False sets the modules' flags (see :func:`set_mode`); None leaves each as it is.
-        seed: seeds the global generators inside, so that dropout draws the same numbers every time.
-        operation: named in errors.
+        models: modules that will be run.
+        training: True or False sets the modules' flags (see :func:`set_mode`); None keeps them.
+        seed: seed of the global generators inside, so that dropout draws the same numbers every time.
+        operation: public call, named in errors.
 
     Raises:
-        SkipscopeError: a model has parameters that do not exist yet (lazy modules), or is no ``nn.Module``;
-            or its weights are spread over ranks, and one of them has not made the same call within a minute.
+        SkipscopeError: a model is not an ``nn.Module`` or has uninitialised parameters (lazy modules), or a
+            rank of a sharded model has not made the same call within a minute.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -242,14 +246,16 @@ def untouched(
     """
     for model in models:
         require_module(model, operation)
-        if not is_measuring():  # else an outer call has waited for them
+        # Inside another measurement the outer call has already waited for the ranks.
+        if not is_measuring():
             meet(operation, ranks_of(model))
     with _running(seed):
         snapshots = [_shared[id(model)] for model in models if id(model) in _shared]
         rest = [model for model in models if id(model) not in _shared]
         snapshots += [_Snapshot(rest)] if rest else []
         try:
-            with _sharding.as_found(models):  # before the modules get the parameters back that they held
+            # Sharding is restored before the modules get their original Parameter objects back.
+            with _sharding.as_found(models):
                 for snapshot in snapshots:
                     snapshot.clear_gradients()
                 if training is not None:
@@ -263,9 +269,10 @@ def untouched(
 
 @contextmanager
 def throwaway(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Run a copy of ours inside, as in :func:`untouched`; it stays as it is then.
+    """Run a private copy inside, as in :func:`untouched`, but without restoring it.
 
-    Where it shares parameters with a model of the user's, that is held by :func:`untouched` around this.
+    If the copy shares parameters with the user's model, the caller wraps this in :func:`untouched` of that
+    model.
     """
     with _running(seed):
         for parameter in model.parameters():
@@ -285,10 +292,9 @@ def _running(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def one_snapshot(*models: nn.Module) -> Iterator[None]:
-    """Take a snapshot of each model once: each :func:`untouched` inside restores this, instead of taking its
-    own.
+    """Take a snapshot of each model that is reused by every :func:`untouched` inside.
 
-    Inside, the models change within :func:`untouched` alone.
+    Inside, models must not be changed except within :func:`untouched`.
     """
     with turn:
         new = {id(model): _Snapshot([model]) for model in models if id(model) not in _shared}
@@ -303,9 +309,9 @@ def one_snapshot(*models: nn.Module) -> Iterator[None]:
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set the ``training`` flag of every module, without calling the model's own ``train()`` or ``eval()``.
 
-    An override of these may merge, fuse or swap weights, and need not undo it to the bit. Where there is one,
-    it is called on a copy, and the flags that it sets there are set here: layers that it keeps frozen stay
-    frozen.
+    An override of these methods may merge, fuse or swap weights, and may not undo it exactly. If a module has
+    an override, it is called on a copy, and the resulting flags are set here, so that layers that it keeps in
+    evaluation mode stay so.
     """
     flags: dict[str, bool] = {}
     if model.training is not training and changes_on_mode(model):
@@ -314,10 +320,12 @@ def set_mode(model: nn.Module, training: bool) -> None:
                 flags = {
                     n: m.training for n, m in private_copy(model, "train").train(training).named_modules()
                 }
-        except Exception:  # an exported module refuses any mode; others hold what cannot be copied
+        # An exported module refuses any mode; other modules may not be copyable.
+        except Exception:
             flags = {}
     elif changes_on_mode(model):
-        return  # the user has called it, and may have changed flags since
+        # The user has called the override, and may have changed flags since.
+        return
     for name, module in model.named_modules():
         module.training = flags.get(name, training)
 
@@ -325,7 +333,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def changes_on_mode(model: nn.Module) -> bool:
     """Whether a module overrides ``train()`` or ``eval()``, which may then do more than set flags."""
     for module in model.modules():
-        own = compiled_from(module) or module  # a compiled module hands both on
+        # A compiled module forwards both methods to the original.
+        own = compiled_from(module) or module
         for method, stock in ((own.train, nn.Module.train), (own.eval, nn.Module.eval)):
             if getattr(method, "__func__", None) is not stock:
                 return True
@@ -333,7 +342,7 @@ def changes_on_mode(model: nn.Module) -> bool:
 
 
 def require_module(model: Any, operation: str) -> None:
-    """Refuse what is not a module, has weights that do not exist yet, or cannot be looked into."""
+    """Refuse objects that are not modules, modules with uninitialised weights, and opaque modules."""
     if not isinstance(model, nn.Module):
         raise SkipscopeError(
             operation,
@@ -362,7 +371,7 @@ def require_module(model: Any, operation: str) -> None:
 
 
 def require_numbers(model: Any, operation: str) -> None:
-    """As :func:`require_module`; and refuse a model on the meta device, which has shapes only."""
+    """Refuse as :func:`require_module` does, and refuse models on the meta device, which have no values."""
     require_module(model, operation)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise SkipscopeError(
@@ -376,7 +385,7 @@ def require_numbers(model: Any, operation: str) -> None:
 
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:
-    """The tensors in an attribute, and in containers there (a cache of position biases, say)."""
+    """The tensors in an attribute value, including containers (e.g. a cache of position biases)."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -385,15 +394,15 @@ def _tensors_within(value: Any) -> Iterator[Tensor]:
 
 
 def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn.Module:
-    """A deep copy to work on, or a refusal that says why there can be none.
+    """Make a deep copy of a model, with functions rebound to the copy.
 
     Args:
         model: any module.
-        operation: named in the error.
-        share: the copy has the same Parameter objects.
+        operation: public call, named in the error.
+        share: whether the copy shares the Parameter objects of the original.
 
     Raises:
-        SkipscopeError: the model holds something that cannot be copied.
+        SkipscopeError: the model holds an object that cannot be copied.
     """
     if _sharding.units(model):
         raise SkipscopeError(
@@ -405,22 +414,22 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
                 " and give it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict"
             ),
         )
-    with turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
+    # During a call in another thread, the copy would get that call's hooks, modes and statistics.
+    with turn:
         return _copied(model, operation, share)
 
 
 def whole_copy(model: nn.Module, operation: str) -> nn.Module:
-    """A copy of a model under FSDP2 as it was before ``fully_shard``, its weights whole on each rank
-    (collective).
-    """
+    """Copy an FSDP2 model as it was before ``fully_shard``, with whole weights on each rank (collective)."""
     with turn, _sharding.taken_apart(model):
-        return private_copy(model, operation, share=True)  # the whole weights are the copy's own
+        # The full weights belong to the copy alone, so they can be shared.
+        return private_copy(model, operation, share=True)
 
 
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
-    # Torch refuses to copy tensors of most layouts, and those with a history, which each forward pass makes
-    # again (the weight under an old weight norm or pruning, a kept activation).
+    # Torch refuses to copy tensors of most layouts, and tensors with a history, which each forward pass
+    # recomputes (the weight under an old weight norm or pruning, a stored activation).
     for module in model.modules():
         for tensor in _tensors_within(vars(module)):
             if not tensor.is_leaf or not is_strided(tensor):
@@ -428,7 +437,8 @@ def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     try:
         with torch.no_grad():
             copied = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a model holds that cannot be copied ends here
+    # A model may hold any kind of object that cannot be copied.
+    except Exception as error:
         raise SkipscopeError(
             operation,
             f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]})",

@@ -1,4 +1,4 @@
-"""What a caller may ask for: whole and finite numbers, and parameters by name or pattern."""
+"""Validation of arguments: integers, finite numbers, options, and parameter names or patterns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipscope._errors import SkipscopeError
 
 
 def is_integer(value: Any, least: float = 1, most: float = math.inf) -> bool:
-    """A whole number of any library's, in a range; True and False are none.
+    """Whether a value is an integer of any library in a range; bool does not count.
 
     Example:
         >>> is_integer(3), is_integer(3.0), is_integer(True), is_integer(0), is_integer(0, least=0)
@@ -23,7 +23,7 @@ def is_integer(value: Any, least: float = 1, most: float = math.inf) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """A number of any library's that is neither infinite nor NaN; True and False are none.
+    """Whether a value is a finite real number of any library; bool does not count.
 
     Example:
         >>> is_finite(2), is_finite(0.5), is_finite(float("nan")), is_finite("2"), is_finite(True)
@@ -35,14 +35,14 @@ def is_finite(value: Any) -> bool:
 def require_option(
     operation: str, what: str, value: Any, options: Iterable[str | None], more: str = ""
 ) -> None:
-    """Refuse what is none of the words that can be chosen from.
+    """Refuse a value that is not among the options.
 
     Args:
-        operation: named in the error.
-        what: what is chosen, e.g. ``"engine"``.
-        value: what was given.
-        options: the words; None where it may be left open.
-        more: what may be given in their place, in words.
+        operation: public call, named in the error.
+        what: name of the option, e.g. ``"engine"``.
+        value: the value given.
+        options: allowed values; None among them if the option may be omitted.
+        more: description of other allowed values.
 
     Raises:
         SkipscopeError: ``value`` is not among them.
@@ -69,7 +69,7 @@ def require_option(
 
 
 def did_you_mean(asked: str, names: Sequence[str]) -> str | None:
-    """A cure that suggests the names that are most like one that was asked for, or None.
+    """Suggest the names most similar to ``asked``, or return None if no name is similar.
 
     Example:
         >>> did_you_mean("detatch", ["remove", "detach"])
@@ -84,12 +84,12 @@ def _either(words: Sequence[str]) -> str:
 
 
 def names_matching(names: Sequence[str], patterns: str | Iterable[str], operation: str) -> set[str]:
-    """Those of ``names`` that are named, or that match a pattern such as ``"layer1.*"``.
+    """Select the names that equal a pattern or match it, such as ``"layer1.*"``.
 
     Args:
-        names: of a model's parameters.
-        patterns: one or several.
-        operation: named in the error.
+        names: names of a model's parameters.
+        patterns: a pattern or several.
+        operation: public call, named in the error.
 
     Raises:
         SkipscopeError: a pattern matches nothing.
@@ -103,9 +103,10 @@ def names_matching(names: Sequence[str], patterns: str | Iterable[str], operatio
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise SkipscopeError(
-                operation, f"no parameter is called {pattern!r}",
+                operation,
+                f"no parameter is called {pattern!r}",
                 expected=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
                 cure='names as in model.named_parameters(), or patterns such as "layer1.*"',
-            )  # fmt: skip
+            )
         found.update(matching)
     return found

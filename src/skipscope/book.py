@@ -1,12 +1,12 @@
-"""The lecture's experiment: five layers, their mean gradients, with and without shortcuts; and what it shows.
+"""The lecture's experiment: mean gradients of five layers with and without shortcuts, and what it shows.
 
-The lecture's own code runs as written after one import::
+The lecture's own code runs unchanged after these imports::
 
     import torch
     from torch import nn
     from skipscope.book import GELU, ExampleDeepNeuralNetwork, print_gradients
 
-Everything the text of :class:`BookExperiment` says is computed when it runs.
+All numbers in the text of :class:`BookExperiment` are computed when it runs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from skipscope._public_call import public_call
 from skipscope._result import Result, Table
 from skipscope._untouched import random_state_kept, untouched
 
-# The lecture's choices.
+# Seed, layer sizes and input of the lecture.
 SEED = 123
 LAYER_SIZES = (3, 3, 3, 3, 3, 1)
 SAMPLE_INPUT = ((1.0, 0.0, -1.0),)
 
 
-# --- the lecture's names ------------------------------------------------------------------------
+# --- the lecture's names ---
 
 
 class GELU(nn.Module):
@@ -48,7 +48,7 @@ class GELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same shape out."""
+        """Elementwise, for any shape."""
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -56,8 +56,9 @@ class ExampleDeepNeuralNetwork(nn.Module):
     """Layers of Linear and GELU; with shortcuts, ``x + layer(x)`` wherever the shapes agree.
 
     Args:
-        layer_sizes: features in, after each layer, and out; any number from two on.
-        use_shortcut: the lecture's switch; both networks have the same parameters, drawn in the same order.
+        layer_sizes: number of input features, then of output features of each layer; at least two sizes.
+        use_shortcut: whether to add the shortcuts. Both networks have the same parameters, drawn in the same
+            order.
 
     Example:
         >>> model = ExampleDeepNeuralNetwork([3, 3, 1], use_shortcut=True)
@@ -80,9 +81,9 @@ class ExampleDeepNeuralNetwork(nn.Module):
 
 @public_call("print_gradients")
 def print_gradients(model: nn.Module, x: Tensor) -> None:
-    """Print each weight's mean absolute gradient, as the lecture does: the target is 0, the loss MSE.
+    """Print each weight's mean absolute gradient as in the lecture, for the MSE loss with target 0.
 
-    The gradients are not left in the model, so a second call prints the same numbers. Local.
+    The model's ``.grad`` stays unchanged, so a second call prints the same numbers. Local.
 
     Raises:
         SkipscopeError: the model does not take ``x``, or its output is not one tensor with a gradient.
@@ -107,7 +108,7 @@ class _Backward(NamedTuple):
 
 
 def _backward(model: nn.Module, x: Tensor) -> _Backward:
-    """One backward pass as the lecture does it; the gradients are left in ``.grad``."""
+    """Run one backward pass as in the lecture; the gradients stay in ``.grad``."""
     output = forward(model, (x, None), "print_gradients")
     if not isinstance(output, Tensor) or not output.requires_grad:
         raise SkipscopeError(
@@ -125,16 +126,16 @@ def _backward(model: nn.Module, x: Tensor) -> _Backward:
     )
 
 
-# --- the experiment and what it shows -----------------------------------------------------------
+# --- the experiment and what it shows ---
 
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """One number of the lecture's seed, without and with shortcuts.
+    """One number of the experiment, without and with shortcuts.
 
     Attributes:
         without: the number without shortcuts.
-        with_shortcuts: the same with them.
+        with_shortcuts: the number with shortcuts.
 
     Example:
         >>> Growth(without=0.5, with_shortcuts=2.0).factor
@@ -146,20 +147,20 @@ class Growth:
 
     @property
     def factor(self) -> float:
-        """How many times larger it is with shortcuts."""
+        """The ratio of the number with shortcuts to that without."""
         return self.with_shortcuts / self.without
 
 
 @dataclass(frozen=True, eq=False)
 class BookExperiment(Result):
-    """The lecture's experiment on its own seed and on many others.
+    """The lecture's experiment on its own seed and on many other seeds.
 
     Attributes:
         layers: names of the weights, from the first layer to the last.
         gradient_means: mean absolute gradient of each weight on the lecture's seed.
-        loss: of the lecture's seed.
+        loss: loss on the lecture's seed.
         means_without: ``[seeds, layers]``, mean absolute gradients on seeds 0, 1, ..., without shortcuts.
-        means_with: ``[seeds, layers]``, the same with them.
+        means_with: ``[seeds, layers]``, mean absolute gradients on the same seeds with shortcuts.
 
     Example:
         >>> result = experiment(seeds=2)
@@ -175,27 +176,27 @@ class BookExperiment(Result):
 
     @property
     def first_over_last(self) -> Growth:
-        """The flow on the lecture's seed: first gradient over last, so that the loss's scale cancels."""
+        """First layer's gradient over the last layer's on the lecture's seed; the loss's scale cancels."""
         first, last = self.gradient_means[0], self.gradient_means[-1]
         return Growth(first.without / last.without, first.with_shortcuts / last.with_shortcuts)
 
     @property
     def median_first_over_last(self) -> Growth:
-        """The same, median over the seeds."""
+        """Median over the seeds of the first layer's gradient over the last layer's."""
         return Growth(*(float(np.median(_flow(means))) for means in (self.means_without, self.means_with)))
 
     @property
     def share_better(self) -> float:
-        """Share of the seeds in which shortcuts raise first over last."""
+        """Share of the seeds on which shortcuts raise the first layer's gradient over the last layer's."""
         return float(np.mean(_flow(self.means_with) > _flow(self.means_without)))
 
     @property
     def share_ever_smaller(self) -> Growth:
-        """Share of the seeds in which each layer's gradient is smaller than the next one's."""
+        """Share of the seeds on which each layer's gradient is smaller than that of the next layer."""
         return Growth(*(float(np.mean(_ever_smaller(m))) for m in (self.means_without, self.means_with)))
 
     def table(self) -> Table:
-        """Each layer on the lecture's seed; what it shows in the notes."""
+        """A table with one row for each layer on the lecture's seed; the notes explain it."""
         rows = [
             [name, mean.without, mean.with_shortcuts, times(mean.factor)]
             for name, mean in zip(self.layers, self.gradient_means)
@@ -223,19 +224,28 @@ class BookExperiment(Result):
             "flow: first over last": self.first_over_last,
             "loss": self.loss,
         }
-        return "\n".join([_row(f"seed {SEED}, the lecture's", "without", "with", "growth")] + [
-            _row(f"  {name}", short(row.without), short(row.with_shortcuts), times(row.factor))
-            for name, row in rows.items()
-        ])  # fmt: skip
+        return "\n".join(
+            [_row(f"seed {SEED}, the lecture's", "without", "with", "growth")]
+            + [
+                _row(f"  {name}", short(row.without), short(row.with_shortcuts), times(row.factor))
+                for name, row in rows.items()
+            ]
+        )
 
     def _seed_rows(self) -> str:
         median, smaller = self.median_first_over_last, self.share_ever_smaller
         flow = short(median.without), short(median.with_shortcuts), times(median.factor)
-        return "\n".join([
-            _row(f"seeds 0 to {len(self.means_with) - 1}", "without", "with", "growth"),
-            _row("  flow: first over last, median", *flow),
-            _row("  ever smaller on the way back", f"{smaller.without:.1%}", f"{smaller.with_shortcuts:.1%}"),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                _row(f"seeds 0 to {len(self.means_with) - 1}", "without", "with", "growth"),
+                _row("  flow: first over last, median", *flow),
+                _row(
+                    "  ever smaller on the way back",
+                    f"{smaller.without:.1%}",
+                    f"{smaller.with_shortcuts:.1%}",
+                ),
+            ]
+        )
 
     def _sentences(self) -> list[str]:
         first, last, flow = self.gradient_means[0], self.gradient_means[-1], self.first_over_last
@@ -280,10 +290,10 @@ def _ever_smaller(means: np.ndarray) -> np.ndarray:
 
 
 def experiment(seeds: int = 1000) -> BookExperiment:
-    """The lecture's experiment, and the same on other seeds.
+    """Run the lecture's experiment on its own seed and on other seeds.
 
     Args:
-        seeds: how many other draws of the weights: seeds 0, 1, ..., each with and without shortcuts.
+        seeds: number of other draws of the weights (seeds 0, 1, ...), each with and without shortcuts.
 
     Raises:
         SkipscopeError: fewer than one seed.
@@ -307,7 +317,7 @@ def experiment(seeds: int = 1000) -> BookExperiment:
 
 
 def _both(seed: int) -> tuple[_Backward, _Backward]:
-    """One draw of the weights, without and with shortcuts."""
+    """Run one draw of the weights without and with shortcuts."""
     with random_state_kept(seed), torch.device("cpu"), torch.enable_grad():
         model, x = ExampleDeepNeuralNetwork(LAYER_SIZES, use_shortcut=False), torch.tensor(SAMPLE_INPUT)
         without = _backward(model, x)
@@ -317,9 +327,7 @@ def _both(seed: int) -> tuple[_Backward, _Backward]:
 
 
 def _many_seeds(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts: all draws as one batch of
-    networks.
-    """
+    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts, all draws in one batch."""
     drawn = []
     with random_state_kept(0), torch.device("cpu"):
         linears = [nn.Linear(a, b) for a, b in pairwise(LAYER_SIZES)]
@@ -328,7 +336,7 @@ def _many_seeds(seeds: int) -> tuple[np.ndarray, np.ndarray]:
         for seed in track(range(seeds), "the lecture's network on other seeds"):
             torch.manual_seed(seed)
             for linear in linears:
-                linear.reset_parameters()  # draws what building it draws
+                linear.reset_parameters()  # draws the same numbers as nn.Linear()
             drawn.append([p.clone() for linear in linears for p in linear.parameters()])
     parameters = [torch.stack(draws).requires_grad_() for draws in zip(*drawn)]
     weights, biases = parameters[::2], parameters[1::2]

@@ -1,4 +1,4 @@
-"""The contract of a shortcut module, for our own and for anyone's."""
+"""The contract suite for shortcut modules: skipscope's own and user-defined ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipscope.shortcuts import Merge, Shortcuts, ablate, find_shortcuts, tap_me
 
 
 class BrokenContract(SkipscopeError, AssertionError):
-    """A shortcut module does not keep what :func:`check_shortcut` asks.
+    """Raised by :func:`check_shortcut` for a shortcut module that fails a check.
 
     Example:
         >>> try:
@@ -32,9 +32,7 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
-    """A block and what it is called with; ``stream`` is the first float tensor of that: what the shortcut
-    carries.
-    """
+    """A block, its inputs and its claims; ``stream``, the first float input, is what the shortcut carries."""
 
     module: nn.Module
     inputs: Any
@@ -50,20 +48,24 @@ class _Case:
         return private_copy(self.module, "check_shortcut")
 
     def call(self, module: nn.Module, stream: Tensor) -> Any:
-        """The block on inputs of its own, ``stream`` in place of the first float tensor."""
+        """Call the block on a copy of the inputs, with ``stream`` as their first float tensor."""
         return call_model(
             module, map_tensors(self.inputs, lambda t: stream if t is self.stream else t.clone())
         )
 
     def output(self, module: nn.Module | None = None) -> Tensor:
-        """The output in evaluation mode, from the same random numbers each time."""
+        """The output in evaluation mode, with the same random numbers each time."""
         module = (self.fresh() if module is None else module).eval()
-        # With gradients: without, torch's encoder layers run other kernels, and round otherwise.
+        # With gradients enabled, since without them torch's encoder layers run other kernels, which round
+        # differently.
         with torch.enable_grad(), random_state_kept(0):
             return self.call(module, self.stream.clone().requires_grad_().clone()).detach()
 
     def gradient(self, module: nn.Module) -> Tensor | None:
-        """Of a random sum of the output, with respect to the stream (of a plain sum a norm has none)."""
+        """Gradient of a randomly weighted sum of the output with respect to the stream.
+
+        A plain sum would not do: its gradient through a norm is zero.
+        """
         x = self.stream.clone().requires_grad_()
         with torch.enable_grad(), random_state_kept(0):
             output = self.call(module, x.clone())
@@ -83,33 +85,34 @@ def check_shortcut(
     same_shape: bool | None = None,
     compile: bool = True,
 ) -> tuple[str, ...]:
-    """Check that a module is a shortcut that works everywhere a module should.
+    """Check that a module is a shortcut that works with training, editing, compiling and saving.
 
-    In this order: the output's shape, and that the input is left as it was; the identity at the start, where
-    claimed; in evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and
-    images) do not depend on one another, nor the output on the input's strides; a gradient reaches the input,
-    and in float64 equals a finite difference; each weight gets one while training; it is found by
-    ``find_shortcuts``, with the right kind, as wide as the sum, and in training mode as in evaluation mode;
-    it can be ablated, and says the same when it should; its ``state_dict`` holds all its state; it compiles
-    to one graph; it runs under autocast. The module itself stays as it was. Local.
+    The checks, in order: the output has the right shape, and the input is not modified; the module is the
+    identity at the start, if claimed; in evaluation mode it draws no noise and keeps no state between passes;
+    samples (of vectors and images) are independent, and the output does not depend on the input's strides; a
+    gradient reaches the input, and in float64 equals a finite difference; each weight gets a gradient in
+    training mode; ``find_shortcuts`` finds it, with the right kind, as wide as the sum, equally in training
+    and evaluation mode; it can be ablated, and each edit has the expected effect; its ``state_dict`` holds
+    all its state; it compiles to one graph; it runs under autocast. The module itself stays unchanged. Local.
 
     Args:
-        module: a fresh block, one tensor out.
-        inputs: what to call it with: a float tensor, or a tuple or Mapping of which the first float tensor is
-            what the shortcut carries. None draws a batch that fits its first linear layer or convolution.
-        kind: the kind it should be found as; None takes ``module.kind``, or accepts any.
-        identity_at_start: whether it claims to return its input at first; None takes
-            ``module.identity_at_start``, or no.
-        same_shape: whether the output has the input's shape; None expects so unless the kind is projection or
+        module: a newly initialised block that returns one tensor.
+        inputs: its inputs: a float tensor, or a tuple or Mapping whose first float tensor the shortcut
+            carries. None draws a batch that fits its first linear layer or convolution.
+        kind: the kind as which it should be found; by default ``module.kind`` if set, else any.
+        identity_at_start: whether it claims to return its input at the start; by default
+            ``module.identity_at_start`` if set, else False.
+        same_shape: whether the output has the input's shape; by default True unless the kind is projection or
             concat.
-        compile: False leaves compiling out, the slowest part.
+        compile: whether to check compiling, which is the slowest part.
 
     Returns:
-        The names of the clauses that were checked and hold.
+        The names of the checks that were run.
 
     Raises:
-        BrokenContract: a clause does not hold; it is an AssertionError too.
-        SkipscopeError: there is no float tensor in the inputs, or none were given and none can be guessed.
+        BrokenContract: a check fails; it is an AssertionError too.
+        SkipscopeError: there is no float tensor in the inputs, or no inputs were given and none can be
+            guessed.
 
     Example:
         >>> from skipscope.nn import Highway
@@ -151,14 +154,14 @@ def check_shortcut(
             except Exception as error:
                 cure = "if it wants more: inputs=(x, ...) or inputs={...}, as its forward takes them"
                 raise _broken(
-                    case, f"{name}: it raises {type(error).__name__}: {_first_line(error)}",
+                    case,
+                    f"{name}: it raises {type(error).__name__}: {_first_line(error)}",
                     cure=cure if name == "shape" else None,
-                ) from error  # fmt: skip
+                ) from error
     return tuple(clauses)
 
 
-# --- the clauses
-# ----------------------------------------------------------------------------------------------------
+# --- the clauses ---
 
 
 def _shape(case: _Case) -> None:
@@ -167,9 +170,12 @@ def _shape(case: _Case) -> None:
         output = case.call(case.fresh().eval(), given)
     if not isinstance(output, Tensor):
         raise _broken(
-            case, "shape: the output is not one tensor", expected="a tensor", got=type(output).__name__,
+            case,
+            "shape: the output is not one tensor",
+            expected="a tensor",
+            got=type(output).__name__,
             cure="wrap the block in a module that returns the tensor alone",
-        )  # fmt: skip
+        )
     if case.same_shape and output.shape != given.shape:
         raise _broken(
             case,
@@ -194,15 +200,16 @@ def _identity_at_start(case: _Case) -> None:
     if not _close(output, case.stream):
         off = float((output - case.stream).abs().max()) if output.shape == case.stream.shape else float("inf")
         raise _broken(
-            case, "identity_at_start: a fresh module does not return its input", expected="output = input",
-            got=f"a difference of {off:.3g}", cure="start the branch's last factor at zero",
-        )  # fmt: skip
+            case,
+            "identity_at_start: a fresh module does not return its input",
+            expected="output = input",
+            got=f"a difference of {off:.3g}",
+            cure="start the branch's last factor at zero",
+        )
 
 
 def _repeatable(case: _Case) -> None:
-    """Two passes of one module in evaluation mode, from two random states, and one of a module that ran
-    before on others.
-    """
+    """Check that passes in evaluation mode depend on neither the random state nor earlier inputs."""
     module = case.fresh().eval()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     outputs, attributes = [], []
@@ -228,7 +235,7 @@ def _repeatable(case: _Case) -> None:
             got=", ".join(changed)[:200],
             cure="update buffers only if self.training",
         )
-    # What the first pass makes and every later one keeps (a table of positions) is no memory of the input.
+    # An attribute that only the first pass sets (a table of positions) does not depend on the input.
     left = [name for name, value in attributes[1].items() if not _same(value, attributes[0].get(name))]
     if left:
         raise _broken(
@@ -240,20 +247,23 @@ def _repeatable(case: _Case) -> None:
         )
     other = case.fresh().eval()
     with torch.no_grad(), random_state_kept(0):
-        # A second draw could be the same numbers: a guessed input comes from the same seed.
+        # A new random input could equal the old one, since a guessed input is drawn from the same seed.
         case.call(other, 1 - 2 * case.stream)
     if not _close(case.output(other), outputs[0]):
         raise _broken(
-            case, "repeatable: the output depends on what the module was called with before",
-            expected="a function of the input and the state_dict", got="another output after another input",
+            case,
+            "repeatable: the output depends on what the module was called with before",
+            expected="a function of the input and the state_dict",
+            got="another output after another input",
             cure="keep no input or activation from one pass to the next",
-        )  # fmt: skip
+        )
 
 
 def _samples(case: _Case) -> None:
-    """A sample alone, and three in reverse, give what they give in the batch; vectors and images only.
+    """Check that single samples, and three in reverse order, have the same outputs as in the batch.
 
-    Of other inputs the first dimension may be time, or streams, and samples may be meant to meet.
+    Only for vectors and images: the first dimension of other inputs may be time, or streams, which may
+    interact by design.
     """
     count = case.stream.shape[0] if case.stream.ndim else 0
     if case.stream.ndim not in {2, 4} or count < 2:
@@ -285,7 +295,7 @@ def _samples(case: _Case) -> None:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What modules hold beside parameters, buffers and modules; of a container its length."""
+    """All modules' attributes except parameters, buffers and modules; for a container its length."""
     return {
         f"{path}.{name}".lstrip("."): len(value) if isinstance(value, list | dict | set) else value
         for path, part in module.named_modules()
@@ -295,7 +305,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors_outside(module: nn.Module) -> list[str]:
-    """The plain attributes that are tensors, or hold some: neither weights nor buffers."""
+    """Names of the plain attributes that are or hold tensors other than parameters and buffers."""
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return [
         f"{path}.{name}".lstrip(".")
@@ -306,9 +316,9 @@ def _tensors_outside(module: nn.Module) -> list[str]:
 
 
 def _held(value: Any, module: nn.Module) -> list[Tensor]:
-    """The tensors of a plain attribute: itself, or those in containers and in modules that are in them.
+    """The tensors in a plain attribute: itself, or those in containers and modules, also nested.
 
-    A module that holds ``module`` is its owner, and no part of it.
+    A module that contains ``module`` is its owner, and does not count.
     """
     if isinstance(value, nn.Module):
         owns = any(part is module for part in value.modules())
@@ -325,9 +335,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _strides(case: _Case) -> None:
-    """The same numbers in another memory layout give the same; a block that refuses the layout says so
-    itself.
-    """
+    """Check that another memory layout of the input gives the same output, or that the block refuses it."""
     x = case.stream
     if x.ndim < 2:
         return
@@ -339,14 +347,16 @@ def _strides(case: _Case) -> None:
         return
     if not _close(output, expected):
         raise _broken(
-            case, "strides: another memory layout of the same numbers gives another output",
-            expected="an output that depends on the numbers alone", got="another one for a transposed input",
+            case,
+            "strides: another memory layout of the same numbers gives another output",
+            expected="an output that depends on the numbers alone",
+            got="another one for a transposed input",
             cure="reshape and transpose; no as_strided, no view of the storage",
-        )  # fmt: skip
+        )
 
 
 def _weights(case: _Case) -> None:
-    """In training mode each trainable weight gets a gradient (it may be zero)."""
+    """Check that in training mode each trainable weight gets a gradient (it may be zero)."""
     module = case.fresh().train()
     with torch.enable_grad(), random_state_kept(0):
         output = case.call(module, case.stream.clone().requires_grad_().clone())
@@ -363,7 +373,7 @@ def _weights(case: _Case) -> None:
 
 
 def _refuse_wrong_gradient(case: _Case) -> None:
-    """The gradient along a random direction, against a finite difference, in float64 and evaluation mode."""
+    """Compare the gradient along a random direction with finite differences, in float64 and eval mode."""
     module = case.fresh().eval().double()
     inputs = map_tensors(case.inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
     stream = next(t for t in tensors_in(inputs) if t.is_floating_point())
@@ -393,7 +403,7 @@ def _refuse_wrong_gradient(case: _Case) -> None:
             difference = at(stream + step * direction) - at(stream - step * direction)
         slopes.append(float((difference * seed).sum()) / (2 * step))
     size = max(abs(slope), abs(slopes[0]), 1e-9)
-    # A kink between the two points makes the two differences disagree: then nothing is said.
+    # If the two finite differences disagree, there is a kink between the points, and the check says nothing.
     if abs(slopes[0] - slopes[1]) < 1e-3 * size < abs(slope - slopes[0]) / 10:
         raise _broken(
             case,
@@ -411,9 +421,12 @@ def _gradient(case: _Case) -> None:
         if gradient is None or not gradient.isfinite().all() or not gradient.any():
             got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
             raise _broken(
-                case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got,
+                case,
+                f"gradient: none reaches the input in {mode} mode",
+                expected="not zero",
+                got=got,
                 cure="look for .detach(), .data, torch.no_grad() or a factor of 0 between input and output",
-            )  # fmt: skip
+            )
     _refuse_wrong_gradient(case)
 
 
@@ -451,7 +464,7 @@ def _found(case: _Case) -> None:
 
 
 def _broadcast_shortcuts(case: _Case, found: Shortcuts) -> list[str]:
-    """The shapes of shortcuts that a sum had to expand."""
+    """The shapes of shortcut operands that were broadcast in a sum."""
     sums = [shortcut for shortcut in found if shortcut.kind in {"identity", "scaled", "projection"}]
     shapes: list[str] = []
 
@@ -518,9 +531,10 @@ def _state_dict(case: _Case) -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     if not torch.equal(case.output(module), case.output(other)):
         raise _broken(
-            case, "state_dict: a copy that loads it gives another output",
+            case,
+            "state_dict: a copy that loads it gives another output",
             cure="keep all state in parameters and buffers, and draw nothing in evaluation mode",
-        )  # fmt: skip
+        )
 
 
 def _compile(case: _Case) -> None:
@@ -544,8 +558,7 @@ def _autocast(case: _Case) -> None:
         )
 
 
-# --- helpers
-# ----------------------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def _broken(case: _Case, problem: str, **details: object) -> BrokenContract:

@@ -371,7 +371,7 @@ def test_a_machine_too_busy_to_train_still_gives_a_page_with_the_papers_picture(
     assert len(page.encode()) < 500_000
 
 
-# --- the claim on surfaces ---------------------------------------------------------------------------------------------
+# --- the claim on surfaces ---
 
 
 def scored(roughness, convexity, error=0.01, label=""):

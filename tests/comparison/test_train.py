@@ -225,7 +225,7 @@ def test_a_course_stops_at_its_loss():
     assert max(lengths) < 200 and (smoothed(logs[runs[0]].losses) <= 0.7).any()
 
 
-# --- the model as found -------------------------------------------------------------------------------------------
+# --- the model as found ---
 
 
 class Norms(nn.Module):
@@ -280,7 +280,7 @@ def test_an_optimizer_in_the_backward_pass_of_a_ready_module_is_refused_with_the
         ss.train_twins({"m": model}, batch(), F.cross_entropy, steps=2)
 
 
-# --- optimizers -----------------------------------------------------------------------------------------------------
+# --- optimizers ---
 
 
 def cosine(parameters):
@@ -325,7 +325,7 @@ def test_a_factory_with_a_scheduler_is_a_plain_loop():
     np.testing.assert_allclose(runs.curves["m"]["c"].losses[0], expected, rtol=1e-5)
 
 
-# --- rates and seeds --------------------------------------------------------------------------------------------------
+# --- rates and seeds ---
 
 
 @pytest.mark.parametrize("rates", [(1e-2, 1e-3), (3000.0, 1000.0), (1e200, 1e190)])
@@ -368,7 +368,7 @@ def test_the_seed_that_chose_the_rate_is_not_reported():
     assert runs.curves["m"]["SGD"].sweep_seed == 6 and runs.seeds == (3, 5)
 
 
-# --- targets ------------------------------------------------------------------------------------------------------------
+# --- targets ---
 
 
 def shifted(by):
@@ -546,7 +546,7 @@ def test_a_ladders_sweep_stops_when_one_rate_is_there():
     assert all(c.losses.shape[1] < 150 for c in short.curves["m"].values())
 
 
-# --- further instances of "equal to a plain loop" ------------------------------------------------------------------
+# --- further instances of "equal to a plain loop" ---
 
 
 class GradientPenalty(nn.Module):

@@ -119,7 +119,7 @@ def test_gradient_descent_diverges_just_beyond_two_over_the_largest_eigenvalue()
         assert (float(F.mse_loss(model(x), y)) > start) == grows
 
 
-# --- deep linear networks at zero (arXiv 1611.01186), end to end ----------------------------------------------------
+# --- deep linear networks at zero (arXiv 1611.01186), end to end ---
 
 
 class LinearShortcuts(nn.Module):

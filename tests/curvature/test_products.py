@@ -133,7 +133,7 @@ def test_it_is_a_scipy_operator():
     assert operator.products == before + 4
 
 
-# --- awkward models -------------------------------------------------------------------------------------------------
+# --- awkward models ---
 
 
 class Recurrent(nn.Module):
@@ -364,7 +364,7 @@ def test_hugging_face_style_batches_and_outputs():
     assert relative(matrix_of(gauss), dense_gauss_newton(model.body, x, y, F.cross_entropy)) < 1e-12
 
 
-# --- left as found, and refused -------------------------------------------------------------------------------------
+# --- left as found, and refused ---
 
 
 def test_the_model_is_left_as_found():

@@ -57,7 +57,7 @@ def by_enumeration(model, loss, x, of=None):
     return total
 
 
-# --- networks with planted branches -----------------------------------------------------------------------------------
+# --- networks with planted branches ---
 
 
 class Chain(nn.Module):
@@ -173,7 +173,7 @@ def chain(length, width=6, **options):
     return Chain(*[Residual(layer(width), **options) for _ in range(length)], nn.Linear(width, 3)).double()
 
 
-# --- networks with a flow known in closed form ------------------------------------------------------------------------
+# --- networks with a flow known in closed form ---
 
 
 def orthogonal(width, gain):

@@ -22,7 +22,7 @@ def data(width, n=8, dtype=torch.float32):
     return torch.randn(n, width, generator=g).to(dtype), torch.randn(n, width, generator=g).to(dtype)
 
 
-# --- the measurement --------------------------------------------------------------------------------------------------
+# --- the measurement ---
 
 
 def by_hooks(model, x, y, loss):
@@ -124,7 +124,7 @@ def test_a_factor_on_the_loss_cancels(factor):
     assert other.layers[0].weight_grad_rms == pytest.approx(factor * one.layers[0].weight_grad_rms, rel=1e-5)
 
 
-# --- the verdict, on networks with a known flow -------------------------------------------------------------------------
+# --- the verdict, on networks with a known flow ---
 
 
 def expected_state(fall, steps):
@@ -299,7 +299,7 @@ def test_the_closed_forms_are_many():
     assert many >= 190
 
 
-# --- three kinds of zero ------------------------------------------------------------------------------------------------
+# --- three kinds of zero ---
 
 
 def test_underflow_is_not_death():
@@ -344,7 +344,7 @@ def test_half_precision_says_what_training_would_lose():
     assert not any("underflow" in note for note in scaled.notes) and scaled.layers[0].state == "ok"
 
 
-# --- awkward models -----------------------------------------------------------------------------------------------------
+# --- awkward models ---
 
 
 def test_autocast_is_honoured():
@@ -438,7 +438,7 @@ def test_the_result_keeps(tmp_path):
     assert max(len(line) for line in flow.table().text(80).splitlines()) <= 80
 
 
-# --- the pure part ------------------------------------------------------------------------------------------------------
+# --- the pure part ---
 
 
 def test_least_squares_against_scipy():

@@ -239,7 +239,7 @@ def test_the_paths_of_edited_twins(way, edit):
     np.testing.assert_allclose(*norms, rtol=1e-10, atol=1e-15)
 
 
-# --- the split ----------------------------------------------------------------------------------------------------
+# --- the split ---
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -269,7 +269,7 @@ def test_the_split(way):
         assert row.residual < 1e-14 and row.other_rms is None
 
 
-# --- importance, and the edits behind it --------------------------------------------------------------------------------
+# --- importance, and the edits behind it ---
 
 
 @pytest.mark.parametrize("way", WAYS)

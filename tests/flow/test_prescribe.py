@@ -90,7 +90,7 @@ def rows(n=32):
     return torch.randn(n, 20, generator=draw), torch.randint(0, 10, (n,), generator=draw)
 
 
-# --- residual blocks around layers with norms ------------------------------------------------------------
+# --- residual blocks around layers with norms ---
 
 
 def conv(i, o, stride=1, act=nn.ReLU, groups=1, size=3, bias=False):
@@ -338,7 +338,7 @@ def test_what_is_named_is_said_in_full():
     assert "(14 in all)" in by_hand and by_hand.endswith("As they are: 0 (the first layer).")
 
 
-# --- frozen parts, and trouble that no shortcut mends ------------------------------------------------------
+# --- frozen parts, and trouble that no shortcut mends ---
 
 
 def test_no_shortcut_goes_around_frozen_layers():
@@ -384,7 +384,7 @@ def test_a_tiny_last_layer_is_initialised_anew():
         model[-1].weight.mul_(1e-7)
     advice = ss.prescribe(model, pictures(16), loss, steps=2)
     best = advice.remedies[0]
-    assert best.name == "the last layer initialised anew" and best.state == "healthy"
+    assert best.name == "the last layer reinitialised" and best.state == "healthy"
     assert [r.state for r in advice.remedies[1:]] == ["vanishing"] * (len(advice.remedies) - 1)
     assert "flow vanishing -> healthy" in advice.advice
 

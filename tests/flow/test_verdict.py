@@ -23,7 +23,7 @@ def batch(n=16, width=8, classes=2):
     return torch.randn(n, width, generator=draw), torch.randint(0, classes, (n,), generator=draw)
 
 
-# --- terms of the loss ------------------------------------------------------------------------------------------------------
+# --- terms of the loss ---
 
 
 class Two(nn.Module):
@@ -105,7 +105,7 @@ def test_a_term_that_its_own_margin_silences_is_no_fault():
     assert unclamped.verdict.state == "dead"
 
 
-# --- batches, noise, opaque calls ---------------------------------------------------------------------------------------------
+# --- batches, noise, opaque calls ---
 
 
 def test_the_share_of_the_batches_that_agree():
@@ -269,7 +269,7 @@ def test_the_slope_of_what_follows_the_last_layer():
     assert ss.gradient_flow(model, (x, y), F.cross_entropy).verdict.head.slope is None
 
 
-# --- false alarms -----------------------------------------------------------------------------------------------------------
+# --- false alarms ---
 
 
 class _Block(nn.Module):
@@ -464,7 +464,7 @@ def test_gates_that_are_shut_starve_most_of_the_weights():
     assert (of(-2.0).state, of(-2.0).starved) == ("healthy", ())  # as Srivastava et al. 2015 start them
 
 
-# --- the pure part ------------------------------------------------------------------------------------------------------------
+# --- the pure part ---
 
 
 def test_students_quantile_against_scipy():
@@ -647,7 +647,7 @@ def test_decades_of_an_average_without_a_gradient_are_none(into, out, decades):
     assert reading.decades == pytest.approx(decades)
 
 
-# --- attention over a single position -------------------------------------------------------------------------------------
+# --- attention over a single position ---
 
 
 class Attends(nn.Module):
@@ -773,7 +773,7 @@ def test_a_tiny_weight_after_branches_is_named_as_the_cause():
     assert "3.squeeze.weight" in verdict.reason
 
 
-# --- through time ---------------------------------------------------------------------------------------------------------
+# --- through time ---
 
 
 class OverTime(nn.Module):

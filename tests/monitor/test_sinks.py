@@ -4,14 +4,16 @@ import csv
 import importlib
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import skipscope as ss
-from skipscope.monitor import watch
+from skipscope.monitor import _sinks, watch
 from skipscope.monitor._record import Record
+from skipscope.monitor._sinks import Csv, as_sink
 from skipscope.monitor.history._live_verdict import UNKNOWN
 
 from ._loops import Spy, agrees, loss_of, network
@@ -69,6 +71,29 @@ def test_what_is_no_sink_is_refused_with_the_cure(sink):
     with pytest.raises(ss.SkipscopeError) as refusal:
         watch(model, Spy(model.parameters()), sinks=[sink])
     assert refusal.value.cure and "sink" in str(refusal.value)
+
+
+@pytest.mark.parametrize("sink", ["csv", "jsonl"])
+def test_a_bare_ending_is_answered_with_a_file_name(sink):
+    with pytest.raises(ss.SkipscopeError, match=f"run.{sink}"):
+        as_sink(sink)
+
+
+def test_endings_in_capitals_are_endings(tmp_path):
+    sink = as_sink(str(tmp_path / "RUN.CSV"))
+    assert isinstance(sink, Csv)
+    sink._file.close()
+
+
+def test_every_sink_stands_in_the_error_the_docstring_and_the_documentation():
+    known = {*_sinks._BY_ENDING, *_sinks._BY_NAME, "terminal"}
+    assert {name.partition(":")[0].removeprefix("run") for name in _sinks.SINKS} == known
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "watch.md").read_text(encoding="utf-8")
+    docstring = " ".join((watch.__doc__ or "").split())
+    with pytest.raises(ss.SkipscopeError) as refusal:
+        as_sink("nowhere")
+    for name in _sinks.SINKS:
+        assert f'``"{name}"``' in docstring and f'`"{name}"`' in page and name in str(refusal.value)
 
 
 def test_a_sink_written_in_a_folder_that_is_not_there_is_refused(tmp_path):

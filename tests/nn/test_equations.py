@@ -220,7 +220,7 @@ def test_more_arguments_go_to_the_branch():
     torch.testing.assert_close(sn.IdentityShortcut(Masked())(x, mask, scale=3.0), x + 3 * x * mask)
 
 
-# --- where the shape changes ------------------------------------------------------------------------------------
+# --- where the shape changes ---
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -246,7 +246,7 @@ def test_unknown_option_is_refused():
         sn.option("D", nn.Linear(4, 4), 4)
 
 
-# --- gates ------------------------------------------------------------------------------------------------------
+# --- gates ---
 
 
 def test_gates_start_where_they_are_told():
@@ -262,7 +262,7 @@ def test_a_closed_gate_is_the_identity_and_an_open_one_the_branch():
     torch.testing.assert_close(opened(x), opened.branch(x))
 
 
-# --- chance -----------------------------------------------------------------------------------------------------
+# --- chance ---
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
@@ -317,7 +317,7 @@ def test_dropout_shortcut_drops_the_shortcut_and_not_the_branch():
     assert set(y.unique().tolist()) == {5.0, 7.0}
 
 
-# --- initialisations --------------------------------------------------------------------------------------------
+# --- initialisations ---
 
 
 @pytest.mark.parametrize("weights", [1, 2, 3])
@@ -367,7 +367,7 @@ def test_deep_norm_weights_and_factor():
     assert sn.DeepNorm(branch(), WIDTH, layers=18).scale == pytest.approx(36**0.25)
 
 
-# --- hyper-connections ------------------------------------------------------------------------------------------
+# --- hyper-connections ---
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])
@@ -391,7 +391,7 @@ def test_hyper_connection_is_its_matrix_form():
     torch.testing.assert_close(module(x), expected)
 
 
-# --- hyper-connections whose weights depend on the data -----------------------------------------------------------
+# --- hyper-connections whose weights depend on the data ---
 
 
 def shaken(module):
@@ -457,7 +457,7 @@ def test_fresh_dynamic_hyper_connections_are_a_residual_network(kind, streams):
     torch.testing.assert_close(module(x), y, rtol=1e-6 if exact else 0.2, atol=1e-6 if exact else 0.2)
 
 
-# --- reads over depth, learned shortcuts --------------------------------------------------------------------------
+# --- reads over depth, learned shortcuts ---
 
 
 def test_depth_averaged_blocks_are_the_papers_recursion():
@@ -730,7 +730,7 @@ def test_parallel_branches_have_one_shortcut_past_all():
     )
 
 
-# --- what find_shortcuts says of whole stacks ---------------------------------------------------------------------
+# --- what find_shortcuts says of whole stacks ---
 
 STACKS = {
     "depth attention": (lambda f: sn.DepthAttention(*f, width=WIDTH), {"gated": 6}),
@@ -755,7 +755,7 @@ def test_the_last_sum_of_two_residual_streams_skips_nothing():
     assert [(merge.name, merge.reason) for merge in found.rejected] == [("add", "parallel branches")]
 
 
-# --- as the papers start them ---------------------------------------------------------------------------------------
+# --- as the papers start them ---
 
 
 def test_every_weight_of_a_value_residual_gets_a_gradient():
@@ -852,7 +852,7 @@ def test_attributes_that_a_connection_lacks_are_its_branchs():
     assert block.out_features == WIDTH and not hasattr(block, "nothing_of_the_kind")
 
 
-# --- further instances --------------------------------------------------------------------------------------------
+# --- further instances ---
 
 
 class SplitsByHand(nn.Module):

@@ -220,7 +220,7 @@ def test_dark_mode_turns_the_paper_dark(browser, report):
     assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 120
 
 
-# --- hostile text -----------------------------------------------------------------------------------------------------
+# --- hostile text ---
 
 RAN = "Boolean(window.pwned || document.documentElement.dataset.pwned)"
 

@@ -31,6 +31,7 @@ from skipscope.report._arcs_text import text
 from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
 from skipscope.report._scale import axis, power, whole_axis
 from skipscope.report._view_monitor import heat_of
+from skipscope.shortcuts import KINDS
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -46,7 +47,7 @@ def numbers(root: ElementTree.Element, name: str) -> list[float]:
     return [float(e.get(name)) for e in root.iter() if e.get(name) is not None]
 
 
-# --- axes -------------------------------------------------------------------------------------------------------------
+# --- axes ---
 
 
 @given(st.lists(floats, max_size=30), st.booleans(), st.booleans())
@@ -90,7 +91,7 @@ def test_labels_are_moved_apart_in_order(wanted):
     assert not places or places[-1] <= 100.0 + 1e-9
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------
+# --- charts ---
 
 
 @pytest.mark.parametrize("width", [_svg.WIDE, _svg.NARROW])
@@ -258,7 +259,7 @@ def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
     assert "0" in [t.text for t in root.iter("text")]
 
 
-# --- surfaces ---------------------------------------------------------------------------------------------------------
+# --- surfaces ---
 
 
 def test_heights_are_logs_clipped_five_decades_above_the_lowest():
@@ -299,7 +300,7 @@ def test_axes_are_not_exchanged():
     np.testing.assert_allclose(heights[np.ix_(at_y, at_x)], np.log10(values).T, atol=2e-3)
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network ---
 
 networks = st.integers(1, 120).flatmap(
     lambda n: st.builds(
@@ -309,7 +310,7 @@ networks = st.integers(1, 120).flatmap(
             st.tuples(
                 st.integers(0, n - 1),
                 st.integers(0, n - 1),
-                st.sampled_from(_arcs.KINDS),
+                st.sampled_from(KINDS),
                 st.none() | st.floats(0, 1),
             ).map(lambda t: Arc(min(t[:2]), max(t[:2]), "s", t[2], t[3])),
             max_size=20,

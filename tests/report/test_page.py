@@ -64,7 +64,7 @@ def test_a_page_is_whole_small_offline_and_loads_back(result: Result, tmp_path):
     parts = Parts(page)
     assert path.stat().st_size < 8_000_000
     assert loads_from(parts) == []
-    assert not re.search(r"@import|url\(", (_page._asset("chart.css") + _page._asset("page.css")))
+    assert not re.search(r"@import|url\(", (_page.asset("chart.css") + _page.asset("page.css")))
     text = " ".join("".join(parts.text).split())
     for sentence in document(result).answer:
         assert " ".join(sentence.split()) in text

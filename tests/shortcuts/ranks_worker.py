@@ -44,7 +44,7 @@ def same(one, other, what):
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda text: f"{what}: {text}")
 
 
-# --- FSDP2 ------------------------------------------------------------------------------------------------------------
+# --- FSDP2 ---
 
 
 def shard(model, inner, **options):
@@ -337,7 +337,7 @@ def fsdp_alone():
     dist.barrier()
 
 
-# --- DDP --------------------------------------------------------------------------------------------------------------
+# --- DDP ---
 
 
 def mine():

@@ -51,7 +51,7 @@ def agree(one, other, x):
             torch.testing.assert_close(a, b)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 @pytest.mark.parametrize("make, x", [(resnet, images()), (layers, sequences())])
@@ -105,7 +105,7 @@ def test_a_model_that_keeps_tensors_with_a_history_in_a_container_is_copied():
     torch.testing.assert_close(ablate(model, inputs=x)(x), model.lin(x) + 2 * model.bias)
 
 
-# --- how it is run ----------------------------------------------------------------------------------------------------
+# --- how it is run ---
 
 
 class Checkpointed(nn.Module):
@@ -193,7 +193,7 @@ def test_functional_call_and_vmap_over_stacked_parameters(how):
             torch.testing.assert_close(grads[name][k], torch.zeros_like(grads[name][k]) if g is None else g)
 
 
-# --- compiled regions -------------------------------------------------------------------------------------------------
+# --- compiled regions ---
 
 
 class Stack(nn.Module):
@@ -284,7 +284,7 @@ def test_an_edited_block_compiled_inside_an_unedited_model():
     assert torch.equal(model(x), expected)
 
 
-# --- shared parameters ------------------------------------------------------------------------------------------------
+# --- shared parameters ---
 
 
 def test_twins_that_share_their_parameters_are_not_trained():
@@ -311,7 +311,7 @@ def test_twins_that_share_their_parameters_are_not_trained():
         own.double()
 
 
-# --- slices -----------------------------------------------------------------------------------------------------------
+# --- slices ---
 
 
 class Sliced(nn.Module):

@@ -205,7 +205,7 @@ def test_concatenation_is_cut_by_zeros(how):
     agree(ablate(model, inputs=x, **EDITS[how]), hand, x)
 
 
-# --- over every architecture ------------------------------------------------------------------------------------------
+# --- over every architecture ---
 
 RANDOM = {"shake_shake", "stochastic_depth", "vae", "scaled_dropped", "wide_resnet"}
 WITH_SHORTCUTS = [name for name, (_, _, kinds) in CASES.items() if kinds and name != "densenet121"]
@@ -268,7 +268,7 @@ def test_taps_see_each_merge_and_boundary_once(name):
         assert sorted(points) == list(range(len(found.boundaries)))
 
 
-# --- a module like any other ------------------------------------------------------------------------------------------
+# --- a module like any other ---
 
 
 def resnet():
@@ -382,7 +382,7 @@ def test_recalibration():
     assert expected.isfinite().all()
 
 
-# --- compiled ---------------------------------------------------------------------------------------------------------
+# --- compiled ---
 
 COMPILED = [
     "lecture",
@@ -433,7 +433,7 @@ def test_a_stack_that_makes_its_own_weights_is_found_and_refused_with_the_reason
         ablate(model, found)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 def test_refusals_name_the_cure():

@@ -118,7 +118,7 @@ def test_rejected_merges_have_their_reason(name):
     assert {r.source.partition(":")[0] for r in rejected} == {f"{make.__module__.rpartition('.')[2]}.py"}
 
 
-# --- what surrounds a model -------------------------------------------------------------------------------------------
+# --- what surrounds a model ---
 
 
 def kinds(found):
@@ -328,7 +328,7 @@ def test_an_input_that_is_only_read_is_read_where_it_is():
     assert not find_shortcuts(model, x).writes_inputs and seen == [x.data_ptr()]
 
 
-# --- boundaries ---------------------------------------------------------------------------------------------------------
+# --- boundaries ---
 
 
 def test_cross_attention_feeds_a_branch_and_is_no_boundary():

@@ -37,7 +37,7 @@ def without(net, x=X):
     return x
 
 
-# --- a forward on the instance ----------------------------------------------------------------------------------------
+# --- a forward on the instance ---
 
 
 def as_method(net):
@@ -294,7 +294,7 @@ def test_a_function_that_names_the_model_as_a_global_variable_is_refused():
         del GLOBAL.forward
 
 
-# --- hooks ------------------------------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 class Branch(nn.Module):
@@ -366,7 +366,7 @@ def test_merges_in_a_hook_of_the_outermost_module(hook):
     torch.testing.assert_close(twin(X), net.lin(X).tanh())
 
 
-# --- attributes -------------------------------------------------------------------------------------------------------
+# --- attributes ---
 
 
 class Kept(nn.Module):

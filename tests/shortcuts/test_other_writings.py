@@ -58,7 +58,7 @@ FEW = torch.tensor([0, 2, 3])
 MASK = torch.tensor([True, True, True, False, False]).view(1, 5, 1)
 
 
-# --- what is written into ---------------------------------------------------------------------------------------------
+# --- what is written into ---
 
 
 @kind("the sum written into the branch", ["identity"], lambda n, x: n.c(n.branch(x)))
@@ -115,7 +115,7 @@ def routed_and_put_back(n, x):
     return out
 
 
-# --- scales, blends and masks -----------------------------------------------------------------------------------------
+# --- scales, blends and masks ---
 
 
 @kind("the first embedding again in every block", ["scaled", "identity", "scaled"])
@@ -127,6 +127,49 @@ def embedding_again(n, x):
 @kind("on the sphere", ["scaled"], lambda n, x: F.normalize(n.p * F.normalize(n.branch(x), dim=-1), dim=-1))
 def on_the_sphere(n, x):
     return F.normalize(x.lerp(F.normalize(n.branch(x), dim=-1), n.p), dim=-1)
+
+
+def _on_the_sphere_again(norm):
+    def forward(n, x):
+        h, side = norm(n.branch(x)), norm(x)
+        return norm(side + n.p * (h - side))
+
+    return forward
+
+
+for name, norm in {
+    "a function": lambda x: F.normalize(x, dim=-1),
+    "hand": lambda x: x / x.norm(p=2, dim=-1, keepdim=True),
+    "hand, safe": lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12),
+    "a norm of rows": lambda x: F.layer_norm(x, (6,)),
+    "a root": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "mean and deviation": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
+    "half a length": lambda x: 0.5 * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+}.items():
+    kind(
+        f"on the sphere again by {name}",
+        ["scaled"],
+        lambda n, x, norm=norm: norm(n.p * norm(n.branch(x))),
+    )(_on_the_sphere_again(norm))
+    kind(f"normed by {name} beside the branch", ["scaled"], only_branch)(
+        lambda n, x, norm=norm: norm(x) + n.branch(x)
+    )
+
+
+@kind("over the norm of another", [])
+def over_anothers_norm(n, x):
+    return x / n.branch(x).norm(dim=-1, keepdim=True)
+
+
+@kind("a softmax by hand", [])
+def softmax_by_hand(n, x):
+    e = x.exp()
+    return e / e.sum(-1, keepdim=True) + n.branch(x)
+
+
+@kind("times a function of its mean", [])
+def by_its_mean(n, x):
+    return x * x.mean(-1, keepdim=True).sigmoid() + n.branch(x)
 
 
 @kind("a sum that preserves magnitude", ["scaled"], lambda n, x: 0.3 * n.branch(x) / 0.58**0.5)
@@ -175,7 +218,7 @@ def mean_over_layers(n, x):
     return w[0] * x + w[1] * h + w[2] * n.b(h).relu()
 
 
-# --- sums by other names ----------------------------------------------------------------------------------------------
+# --- sums by other names ---
 
 
 @kind("the built-in sum", ["identity"], only_branch)
@@ -226,7 +269,7 @@ def in_the_frequencies(n, x):
     return torch.fft.irfft(torch.fft.rfft(x) + torch.fft.rfft(n.branch(x)), n=6)
 
 
-# --- skips that are resampled -----------------------------------------------------------------------------------------
+# --- skips that are resampled ---
 
 
 @kind("a pooled and enlarged branch", ["identity"], shape=(2, 6, 8))
@@ -253,7 +296,7 @@ def leapfrog(n, x):
     return torch.cat([q, p], -1)
 
 
-# --- streams, couplings and graphs ------------------------------------------------------------------------------------
+# --- streams, couplings and graphs ---
 
 
 @kind("streams mixed by a matrix made of them", ["projection"], shape=(4, 3, 6))
@@ -283,7 +326,7 @@ def weighted_messages(n, x):
     return n.c(x) + weights / weights.sum(0) * F.linear(x, n.w)
 
 
-# --- what is none -----------------------------------------------------------------------------------------------------
+# --- what is none ---
 
 
 @kind("the larger of two layers", [])

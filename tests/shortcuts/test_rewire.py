@@ -317,6 +317,24 @@ def test_what_does_not_fit_is_refused_with_the_cure(case):
     with pytest.raises(SkipscopeError, match=words) as refusal:
         ss.rewire(model, found, kind=kind)(x)
     assert refusal.value.cure or case == "unknown"
+    assert refusal.value.operation == "rewire"
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda model, x: ss.rewire(model),
+        lambda model, x: ss.rewire(model, "all"),
+        lambda model, x: torch.jit.script(ss.rewire(model, inputs=x)),
+        lambda model, x: torch.fx.symbolic_trace(ss.rewire(model, inputs=x)),
+    ],
+    ids=["nothing chosen", "not a shortcut", "scripted", "symbols"],
+)
+def test_a_refusal_names_the_call_that_made_the_twin(refused):
+    with pytest.raises(SkipscopeError) as refusal:
+        refused(Block(), torch.randn(5, WIDTH))
+    assert refusal.value.operation == "rewire"
+    assert "ablate" not in str(refusal.value)
 
 
 def test_a_kind_that_reads_may_not_leave_out_a_reader_unseen():
@@ -350,7 +368,7 @@ def test_a_stock_vision_transformer_trains_with_each_kind_or_is_refused_in_words
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
 
 
-# --- stock models of other libraries ------------------------------------------------------------------------------
+# --- stock models of other libraries ---
 
 
 class Logits(nn.Module):

@@ -37,7 +37,7 @@ def without(blocks, x=X):
     return x
 
 
-# --- methods of their own ---------------------------------------------------------------------------------------------
+# --- methods of their own ---
 
 
 class Coder(nn.Module):
@@ -218,7 +218,7 @@ def test_methods_that_the_class_compiles():
     torch.testing.assert_close(twin.encode(X), encoded(net))
 
 
-# --- tracers ----------------------------------------------------------------------------------------------------------
+# --- tracers ---
 
 
 class Wrapping(nn.Module):
@@ -268,7 +268,7 @@ def test_a_graph_module_is_edited_and_so_is_its_copy():
     torch.testing.assert_close(twin(X), without(net))
 
 
-# --- passes that meet no edit -----------------------------------------------------------------------------------------
+# --- passes that meet no edit ---
 
 
 class Choosing(nn.Module):
@@ -335,7 +335,7 @@ def test_a_pass_without_merges_is_nobodys_business():
         assert torch.equal(twin(X), twin.lin(X))
 
 
-# --- nothing to edit --------------------------------------------------------------------------------------------------
+# --- nothing to edit ---
 
 
 def test_a_typo_is_refused_and_near_names_are_told():
@@ -431,7 +431,7 @@ def test_what_the_pass_did_not_run_is_in_the_meaning_of_the_twin():
     assert meaning(ablate(net, found)) == "removed, unknown in 2 modules that did not run"
 
 
-# --- compiled parts of eager models -----------------------------------------------------------------------------------
+# --- compiled parts of eager models ---
 
 
 def summed(x, layer):

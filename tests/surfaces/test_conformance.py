@@ -104,7 +104,7 @@ def test_no_noise_is_added_anywhere_and_maxima_stay():
     assert np.array_equal(surface.values, (1 + surface.alphas) ** 2)
 
 
-# --- any task -------------------------------------------------------------------------------------------------------
+# --- any task ---
 
 
 class Segmenter(nn.Module):

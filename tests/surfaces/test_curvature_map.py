@@ -209,7 +209,7 @@ def test_the_model_is_left_as_found_and_the_result_prints():
         ss.curvature_map(model, data, F.cross_entropy, grid=3, engine="ray")
 
 
-# --- real processes -------------------------------------------------------------------------------------------------
+# --- real processes ---
 
 SCRIPT = """
 import os, sys, time
@@ -286,7 +286,7 @@ def test_two_torchrun_ranks(tmp_path):
     assert len(lines) == 2 and set(lines) == {finished_line(alone.stdout)}
 
 
-# --- a row a core --------------------------------------------------------------------------------------------------
+# --- a row a core ---
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def _wait_for(condition) -> None:
         time.sleep(0.05)
 
 
-# --- the copies ----------------------------------------------------------------------------------------------------
+# --- the copies ---
 
 
 def test_answers_come_in_order_from_other_processes_with_a_thread_each():
@@ -142,7 +142,7 @@ def test_copies_end_with_the_process_that_made_them():
             os.kill(pid, signal.SIGKILL)
 
 
-# --- surfaces ------------------------------------------------------------------------------------------------------
+# --- surfaces ---
 
 
 def _net(dtype=torch.float32) -> tuple[nn.Module, tuple]:

@@ -175,10 +175,10 @@ def test_results_print_save_and_load(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"grid": 0}, "this is no grid"),
-        ({"grid": (3, 3, 3)}, "this is no grid"),
-        ({"span": (1.0, 2.0, 3.0)}, "this is no span"),
-        ({"span": float("nan")}, "this is no span"),
+        ({"grid": 0}, "this is not a grid"),
+        ({"grid": (3, 3, 3)}, "this is not a grid"),
+        ({"span": (1.0, 2.0, 3.0)}, "this is not a span"),
+        ({"span": float("nan")}, "this is not a span"),
         ({"normalize": "channel"}, "unknown normalisation"),
         ({"zero": ("bias",)}, "unknown kind of parameter"),
         ({"batch_norm": "train"}, "unknown batch-norm mode"),

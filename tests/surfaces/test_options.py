@@ -36,7 +36,7 @@ def test_a_span_may_be_a_number_on_one_axis_and_two_ends_on_the_other():
 
 @pytest.mark.parametrize("span", [0.0, (0.0, 1.0), ((0.5, 0.5), (0.0, 1.0)), -1.0, "wide", None])
 def test_a_span_of_nothing_is_refused(span):
-    with pytest.raises(ss.SkipscopeError, match="this is no span"):
+    with pytest.raises(ss.SkipscopeError, match="this is not a span"):
         ss.landscape(_model(), (X, Y), F.cross_entropy, grid=5, span=span)
 
 

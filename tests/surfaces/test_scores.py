@@ -142,7 +142,7 @@ def test_labels():
     assert label_of(sheet, 2.3, True) == "flat over this span: widen it"
 
 
-# --- error bars ----------------------------------------------------------------------------------------------------
+# --- error bars ---
 
 EVERY = np.linspace(-1, 1, 15)
 P, Q = np.meshgrid(EVERY, EVERY, indexing="ij")

@@ -154,7 +154,7 @@ def test_a_folder_of_several_stores_says_which(tmp_path):
         _surface(seed=[])
 
 
-# --- real processes -------------------------------------------------------------------------------------------------
+# --- real processes ---
 
 SCRIPT = """
 import os, sys, time

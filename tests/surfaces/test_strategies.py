@@ -334,7 +334,7 @@ def test_a_later_choice_replaces_an_earlier_one():
         assert twin.evaluator.strategy.name == name
 
 
-# --- recorded ------------------------------------------------------------------------------------------------------
+# --- recorded ---
 
 
 class _Functions(nn.Module):

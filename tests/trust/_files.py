@@ -49,7 +49,7 @@ def _results() -> list[Any]:
     return [result for result in samples.everything() if len(_result.dumps(result)) < 60_000]
 
 
-# --- saved results --------------------------------------------------------------------------------------------------
+# --- saved results ---
 
 
 def truncations(count: int) -> Iterator[str | None]:
@@ -236,7 +236,7 @@ def _writes_in_place():
     return replaced((_files, "write_whole", write), (_result, "write_whole", write))
 
 
-# --- stores of surfaces ---------------------------------------------------------------------------------------------
+# --- stores of surfaces ---
 
 GRID = 7
 
@@ -312,7 +312,7 @@ def damaged_chunks(count: int) -> Iterator[str | None]:
             shutil.rmtree(store)
 
 
-# --- code in data ---------------------------------------------------------------------------------------------------
+# --- code in data ---
 
 
 class _Runs:
@@ -456,7 +456,7 @@ def _keeps_names():
     return replaced((_commands.re, "sub", lambda pattern, by, text: text))
 
 
-# --- pages ----------------------------------------------------------------------------------------------------------
+# --- pages ---
 
 RAN = "Boolean(window.pwned || document.documentElement.dataset.pwned)"
 

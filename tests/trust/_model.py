@@ -33,7 +33,7 @@ entropy = nn.functional.cross_entropy
 ANIMALS = [name for name, animal in ZOO.items() if not animal.slow]
 
 
-# --- as found -------------------------------------------------------------------------------------------------------
+# --- as found ---
 
 
 def _pairs(count: int) -> Iterator[tuple[str, str]]:
@@ -80,7 +80,7 @@ def _forgets_to_restore():
     return replaced((_untouched._Snapshot, "restore", lambda self: None))
 
 
-# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ---
 
 
 class Block(nn.Module):
@@ -221,7 +221,7 @@ def _interrupted_while_restoring() -> Iterator[None]:
         yield
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def _resident_bytes() -> int:
@@ -342,7 +342,7 @@ def _keeps_every_model():
     return replaced((MEASURED, "gradient_flow", lambda m, d: (kept.append(m), original(m, d))[1]))
 
 
-# --- threads --------------------------------------------------------------------------------------------------------
+# --- threads ---
 
 # Importance first: it is the first to go wrong where threads do not take turns.
 THREADED = ("importance", *(name for name in CALLS if name not in {"importance", "prescribe"}))
@@ -433,7 +433,7 @@ def _no_turns() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
-# --- determinism ----------------------------------------------------------------------------------------------------
+# --- determinism ---
 
 
 def repeated(count: int) -> Iterator[str | None]:

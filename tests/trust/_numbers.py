@@ -127,7 +127,7 @@ def _off_by_a_millionth():
     return replaced((MEASURES, "path_spectrum", spectrum))
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 class ClassWeighted:
@@ -175,7 +175,7 @@ def _every_batch_counts_the_same():
     return replaced((_data, "_first_fitting_weight", lambda *_: lambda batch: 1.0))
 
 
-# --- memory that does not suffice -----------------------------------------------------------------------------------
+# --- memory that does not suffice ---
 
 
 class Huge(nn.Module):

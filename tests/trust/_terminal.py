@@ -20,7 +20,7 @@ from skipscope import _table, cli
 from trust._hazard import Hazard, replaced
 from trust._model import network
 
-# --- what is shown --------------------------------------------------------------------------------------------------
+# --- what is shown ---
 
 SLY = [
     "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://example.invalid\x1b\\", "\x9b31m", "\x07", "\b\b\b", "\r", "\x00", "\x7f", "\x85",
@@ -67,7 +67,7 @@ def _shows_everything():
     )
 
 
-# --- the command line -----------------------------------------------------------------------------------------------
+# --- the command line ---
 
 WORDS = (
     "find", "flow", "paths", "landscape", "show", "compare", "book", "play", "resnet20", "mlp", "gpt", "nothing", "os:path", "a.b:c", "--json", "--out",
@@ -135,7 +135,7 @@ def _stumbles():
     return replaced((cli, "_run", stumble))
 
 
-# --- where output goes ----------------------------------------------------------------------------------------------
+# --- where output goes ---
 
 PREFIX = {"code": ""}
 SURROUNDINGS: dict[str, tuple[str, dict[str, str], set[int]]] = {

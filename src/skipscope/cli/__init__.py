@@ -1,5 +1,6 @@
-"""The command line: parse and call. Nothing here imports torch before a command runs, so that --help is
-immediate.
+"""The command line: parse the arguments and call the public API.
+
+Nothing here imports torch before a command runs, so that --help is immediate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ app = App(
         " without."
     ),
     help_epilogue="Start with: skipscope compare",
-    suppress_keyboard_interrupt=False,  # main() says what was kept
+    # main() handles Ctrl-C and says what was kept.
+    suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(
     help="Complete commands and options in this shell, from its next start on."
@@ -107,18 +109,18 @@ def compare(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """What do its shortcuts do for a network? One page of evidence.
+    """Show on one page what the shortcuts of a network do for it.
 
     Args:
-        model: without one: the lecture's network, made deep, on embedded digits.
+        model: default: a deep version of the lecture's network, on embedded digits.
         quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out
             and named.
         train: also train the twins side by side; --no-train leaves it out.
         seeds: training runs of each twin.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
-        kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a
-            table each.
+        kinds: kinds of shortcut that replace the model's own, e.g. identity,rezero,highway; a line of a table
+            for each.
     """
     _run(
         "compare",
@@ -159,7 +161,7 @@ def find(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """Its shortcuts: where each one starts and ends, what it skips, and every other merge with its reason.
+    """Find a model's shortcuts: where each starts and ends, what it skips; other merges with their reasons.
 
     Args:
         list_models: list the networks that need no MODEL of yours.
@@ -169,7 +171,7 @@ def find(
 
 @app.command
 def flow(model: Model, *, source: Source = Source(), output: Output = Output()) -> None:
-    """Its gradient flow, boundary by boundary, and the verdict."""
+    """Measure a model's gradient flow, boundary by boundary, and judge it."""
     _run("flow", model, output, model, source)
 
 
@@ -177,7 +179,7 @@ def flow(model: Model, *, source: Source = Source(), output: Output = Output()) 
 def paths(
     model: Model, *, wrt: str | None = None, source: Source = Source(), output: Output = Output()
 ) -> None:
-    """Its path-length spectrum: how much gradient takes paths through k branches.
+    """Compute the path-length spectrum: how much gradient takes paths through k branches.
 
     Args:
         wrt: a boundary or parameter; default: the first boundary.
@@ -203,7 +205,7 @@ def landscape(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """Its loss surface on a filter-normalised plane; run again, it resumes where it was stopped.
+    """Compute the loss surface on a filter-normalised plane; run again, it resumes where it was stopped.
 
     Args:
         grid: points a side, or a number a side: 51x31.
@@ -215,7 +217,7 @@ def landscape(
         normalize: which length of the weights a direction has, part by part.
         batch_norm: running statistics as they are, measured again at each point, or each batch's own.
         l2: count l2/2 |w|^2 in.
-        precision: instead of the model's own.
+        precision: of the arithmetic; default: the model's own.
         strategy: auto takes the fastest; plain has the same bits on every run.
         engine: who computes the points; ray needs the package of that name.
     """
@@ -235,19 +237,20 @@ def landscape(
 
 @app.command
 def show(*files: Path, output: Output = Output()) -> None:
-    """Any saved result, or a monitor's history, also while it is being written; several results side by side.
+    """Show a saved result or a monitor's history, also while it is written; several results side by side.
 
     Args:
-        files: what results, pages, monitors or landscapes were saved as.
+        files: saved results and pages, folders of monitors and landscapes.
     """
     _run("show", None, output, files)
 
 
 def _run(command: str, model: str | None, output: Output, *arguments: Any, **options: Any) -> None:
-    """Run one command of :mod:`skipscope.cli._commands`, after a first line that does not wait for torch."""
+    """Run a command of :mod:`skipscope.cli._commands`; a first line is printed before torch is imported."""
     if not output.json and os.environ.get("RANK", "0") == "0":
         say(f"skipscope {command} {model or ''}".rstrip() + " ...")
-    if output.save is not None:  # the user's own functions may change the working folder
+    # The user's own functions may change the working folder.
+    if output.save is not None:
         output = replace(output, save=output.save.absolute())
     with _prints_on_stderr() if output.json else contextlib.nullcontext():
         commands = importlib.import_module("skipscope.cli._commands")
@@ -269,11 +272,12 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
 
 @contextlib.contextmanager
 def _prints_on_stderr() -> Iterator[None]:
-    """Send to standard error what is printed inside: by Python, by libraries in C and by child processes.
+    """Redirect standard output to standard error inside, for Python, C libraries and child processes.
 
-    What the user's own code prints as the process ends goes there too.
+    Output of the user's own code at the end of the process goes there too.
     """
-    if sys.__stdout__ is None or sys.__stderr__ is None:  # closed by who called
+    # The parent process may have closed the streams.
+    if sys.__stdout__ is None or sys.__stderr__ is None:
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
@@ -292,8 +296,8 @@ def _prints_on_stderr() -> Iterator[None]:
 
 
 def main() -> None:
-    """The entry point: an error that the user can cure is reported in words, never as a traceback."""
-    # module:callable means the user's own folder first, as for `python -m`; that folder may be gone.
+    """Entry point. An error that the user can fix is reported as text, without a traceback."""
+    # module:callable is searched in the working folder first, as for `python -m`; that folder may be gone.
     with contextlib.suppress(OSError):
         sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
@@ -318,9 +322,10 @@ def main() -> None:
         say("skipscope: nothing more can be printed (no space left); what was saved before is kept")
         _discard_output()
         sys.exit(1)
-    except SystemExit as error:  # --help, --version and options that were not understood
-        # `skipscope --help | head`: rich ends the program with 1 where its reader has gone. Below an option
-        # that was not understood that is right.
+    # Raised by --help, --version and invalid options.
+    except SystemExit as error:
+        # In `skipscope --help | head` rich exits with 1 when the pipe is closed. After an invalid option that
+        # exit status is right.
         if isinstance(pipe := error.__context__, BrokenPipeError) and pipe.__context__ is None:
             return
         raise
@@ -329,7 +334,7 @@ def main() -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error; what it cannot take is lost, and nothing else."""
+    """Print a line on standard error; errors of the stream are ignored."""
     with contextlib.suppress(OSError):
         print(printable_lines(text), file=sys.stderr, flush=True)
 
@@ -356,12 +361,12 @@ def _unexpected(error: BaseException) -> None:
 
 
 def _own_line(error: BaseException) -> str | None:
-    """The line of the user's own code that raised an error; None where skipscope raised it."""
+    """The line of the user's own code that raised an error, or None if skipscope raised it."""
     package = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(package):
             return None
-        # A library in between says nothing about who called it wrongly.
+        # Frames of libraries are skipped: the caller outside them made the mistake.
         if "site-packages" not in frame.filename and not frame.filename.startswith((sys.base_prefix, "<")):
             return f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
     return None

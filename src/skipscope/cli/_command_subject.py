@@ -1,4 +1,4 @@
-"""From words on the command line to a model, data and a loss; every guess is said."""
+"""Model, data and loss of a command, built from the command line; every guess is reported."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6})*")
 
 @dataclass
 class Subject:
-    """What a command works on.
+    """Model, data and loss of a command.
 
     Attributes:
-        name: the MODEL as given.
-        make: builds the model again; None when a ready model was given.
+        name: the MODEL argument.
+        make: factory of the model, or None if a module was given.
         model: the model, built once.
-        data: one batch or batches.
-        loss: the loss, or None when the output carries its own.
-        said: every guess, one sentence each.
+        data: a batch or batches.
+        loss: the loss, or None if the output carries its own.
+        said: every guess, a sentence each.
     """
 
     name: str
@@ -58,21 +58,21 @@ class Subject:
 
     @property
     def inputs(self) -> Any:
-        """What the model is called with: the first batch's inputs."""
+        """Inputs of the first batch, as they are passed to the model."""
         return inputs_of(as_batches(self.data, self.name, any_shape=True).first())
 
 
 def load_subject(name: str, source: Source, samples: int = 128, *, uses_loss: bool = True) -> Subject:
-    """Build what the command line names.
+    """Build the model, the data and the loss that the command line names.
 
     Args:
-        name: the MODEL.
-        source: the options that go with it.
-        samples: how many of skipscope's own data, for its own networks.
+        name: the MODEL argument.
+        source: options for data, loss, weights and device.
+        samples: number of samples of skipscope's own data, for its own networks.
         uses_loss: whether the command needs a loss; if not, none is guessed.
 
     Raises:
-        SkipscopeError: no such module, callable, network, file or loss; each with the cure.
+        SkipscopeError: the module, callable, network, file or loss does not exist.
     """
     said: list[str] = []
     found = named_model(name, said)
@@ -82,7 +82,8 @@ def load_subject(name: str, source: Source, samples: int = 128, *, uses_loss: bo
     assert isinstance(model, nn.Module)
     if source.weights:
         _load_weights(model, source.weights)
-        make = None  # weights from a file are one model, not a family of initialisations
+        # Weights from a file define a single model, not a family of initialisations.
+        make = None
     if source.device:
         model, make = _moved(model, source.device), None
     data, loss = _data(name, model, source, samples, said, uses_loss)
@@ -94,9 +95,11 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise SkipscopeError(
-            "device", f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
-            expected="cpu, cuda, cuda:1, mps, ...", got=device,
-        ) from error  # fmt: skip
+            "device",
+            f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
+            expected="cpu, cuda, cuda:1, mps, ...",
+            got=device,
+        ) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -111,7 +114,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrapped: Any = state.get("state_dict", state) if isinstance(state, dict) else state
         model.load_state_dict(wrapped)
-    except Exception as error:  # unpicklers and load_state_dict raise many kinds; none may end in a traceback
+    # Unpicklers and load_state_dict raise many types of errors; none may end in a traceback.
+    except Exception as error:
         raise SkipscopeError(
             "weights",
             f"cannot load {path}: {str(error)[:400]}",
@@ -120,8 +124,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-# --- data and loss
-# --------------------------------------------------------------------------------------------------
+# --- data and loss ---
 
 
 def _data(
@@ -130,7 +133,8 @@ def _data(
     if source.data:
         found = resolve(source.data, "data")
         if callable(found) and not isinstance(found, Tensor):
-            with random_state_kept(source.seed):  # the same data when the command is run again
+            # The data must be the same when the command is run again.
+            with random_state_kept(source.seed):
                 found = called(found, source.data, "data")
         found = _on_device(found, source.device)
         return found, _loss(model, found, source.loss, said) if uses_loss else None
@@ -187,9 +191,11 @@ def _random_inputs(shape: str, model: nn.Module, source: Source, said: list[str]
     needed, free = 4 * math.prod(sizes), free_bytes(torch.device("cpu"))
     if needed > free:
         raise SkipscopeError(
-            "input", "inputs of this shape do not fit into memory",
-            expected=f"at most {free / 2**30:.1f} GiB", got=f"{shape[:60]}, {needed / 2**30:,.1f} GiB",
-        )  # fmt: skip
+            "input",
+            "inputs of this shape do not fit into memory",
+            expected=f"at most {free / 2**30:.1f} GiB",
+            got=f"{shape[:60]}, {needed / 2**30:,.1f} GiB",
+        )
     generator = torch.Generator().manual_seed(source.seed)
     words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
     tokens = words is not None and len(sizes) <= 2

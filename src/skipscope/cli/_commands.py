@@ -1,6 +1,4 @@
-"""What each command does: load what it names, call one public function, say what came out and where it
-went.
-"""
+"""Commands: each loads its inputs, calls a public function, and prints the result and its paths."""
 
 from __future__ import annotations
 
@@ -29,12 +27,13 @@ if TYPE_CHECKING:
     from skipscope.cli import Output, Source
     from skipscope.cli._command_subject import Subject
 
-# A command is a process of its own. What torch made while it was imported stays, and each full collection of
-# garbage walks through it, for a tenth of a second.
+# Each full garbage collection would walk through the objects made while torch was imported, which takes a
+# tenth of a second. They live as long as the process anyway.
 gc.freeze()
 
 DEFAULT_FOLDER = Path("skipscope-out")
-_made: list[Path] = []  # folders that this command made, the innermost first
+# Folders created by this command, innermost first.
+_created_folders: list[Path] = []
 
 
 def compare(
@@ -49,7 +48,7 @@ def compare(
     steps: int | None,
     kinds: str | None,
 ) -> Any:
-    """Run the main job and write its page."""
+    """Run the comparison and write its page."""
     folder = _folder(output, "compare", model)
     with progress(not output.json):
         if model is None:
@@ -144,9 +143,14 @@ def landscape(
     subject = _subject(_required(model), source, quiet=not leads)
     with progress(leads and not output.json):
         result = ss.landscape(
-            subject.model, subject.data, subject.loss,
-            grid=sizes, seed=source.seed, store=folder / "landscape.zarr", **options,
-        )  # fmt: skip
+            subject.model,
+            subject.data,
+            subject.loss,
+            grid=sizes,
+            seed=source.seed,
+            store=folder / "landscape.zarr",
+            **options,
+        )
     return _deliver(result, "landscape", output, folder) if leads else None
 
 
@@ -154,7 +158,7 @@ def _sizes(grid: str, line: bool) -> tuple[int, ...]:
     sizes = tuple(int(n) for n in grid.split("x") if n.isdecimal())
     if "x".join(map(str, sizes)) != grid or len(sizes) > 2 - line:
         raise SkipscopeError(
-            "landscape", "this is no grid", expected="51" if line else "51, or 51x31", got=grid[:60]
+            "landscape", "this is not a grid", expected="51" if line else "51, or 51x31", got=grid[:60]
         )
     return sizes if line or len(sizes) == 2 else sizes * 2
 
@@ -172,7 +176,7 @@ def show(files: tuple[Path, ...], *, output: Output) -> Any:
     return _printed(result, result, output)
 
 
-# --- in and out
+# --- in and out ---
 
 
 def _required(model: str | None) -> str:
@@ -197,9 +201,7 @@ def _subject(
 
 
 def _folder(output: Output, command: str, model: str | None) -> Path:
-    """Make the folder for the results before the work, so that a place that cannot be written costs
-    nothing.
-    """
+    """Create the output folder before the work begins, so that an unwritable path fails early."""
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -207,44 +209,46 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "it cannot be written", str(folder))
-    except (OSError, ValueError) as error:  # a name with a null character is no OSError
+    # A name with a null character raises ValueError.
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise SkipscopeError(
             "out", f"cannot use the folder {folder}: {why}", cure="give another one: --out FOLDER"
         ) from error
     finally:
-        _made.extend(path for path in missing if path.exists())
-    return folder.absolute()  # the user's own functions may change the working folder
+        _created_folders.extend(path for path in missing if path.exists())
+    # The user's own functions may change the working folder.
+    return folder.absolute()
 
 
 def remove_empty_folders() -> None:
-    """Remove the folders that this command made and put nothing into, as when it was refused."""
-    for folder in _made:
+    """Remove empty folders created by this command, for example after an error."""
+    for folder in _created_folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-    _made.clear()
+    _created_folders.clear()
 
 
 def _unused(folder: Path, name: str) -> str:
-    """``name``, or ``name-2``, ``name-3``, ...: the first of which the folder holds no page and no data."""
+    """The first of ``name``, ``name-2``, ``name-3``, ... without a page or data in the folder."""
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     return next(n for n in names if not any((folder / f"{n}.{end}").exists() for end in ("json", "html")))
 
 
 def _deliver(result: Result, name: str, output: Output, folder: Path, before: str = "") -> Any:
-    """Write the result, print it, say where it went, and offer to open the page.
+    """Write the result, print it and its paths, and offer to open the page.
 
-    It is written first: whatever becomes of the terminal, the work is kept.
+    The result is written first, so that it is kept even if printing fails.
 
     Returns:
-        What :func:`_printed` returns.
+        The result of :func:`_printed`.
     """
     if output.json and output.out is None:
         _save_picture(result, output)
         return _printed("", result, output)
     name = _unused(folder, name)
     data = result.save(folder / f"{name}.json")
-    # Written first: the result's page links to it.
+    # The result's page links to the live page, so that is written first.
     _write_live_page(folder)
     page = result.save(folder / f"{name}.html")
     _save_picture(result, output)
@@ -259,7 +263,7 @@ def _deliver(result: Result, name: str, output: Output, folder: Path, before: st
 
 
 def _printed(text: Any, data: Any, output: Output) -> Any:
-    """Print a text. Where JSON is asked for return the data instead: the command line prints it last."""
+    """Print a text, or with ``--json`` return the data, which the command line prints last."""
     if not output.json:
         print(text)
         return None
@@ -278,7 +282,8 @@ def _offer(page: Path, output: Output) -> None:
         and not output.json
         and all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
     ):
-        with contextlib.suppress(EOFError):  # Ctrl-D
+        # Ctrl-D raises EOFError.
+        with contextlib.suppress(EOFError):
             wanted = input("Open the page? [y/N] ").strip().lower() in {"y", "yes"}
     if wanted:
         webbrowser.open(page.resolve().as_uri())

@@ -1,6 +1,4 @@
-"""From a name on the command line to what it names: a callable of the user's own, or a network of a
-library.
-"""
+"""Resolution of names on the command line: the user's own callables, and networks of libraries."""
 
 from __future__ import annotations
 
@@ -30,7 +28,8 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
         return found()
     except SkipscopeError:
         raise
-    except Exception as error:  # the user's own function may raise anything
+    # The user's own function may raise anything.
+    except Exception as error:
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
                 what,
@@ -41,13 +40,15 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
                 cure="write a small function without arguments that fills them in",
             ) from error
         raise SkipscopeError(
-            what, f"{name} was called, and failed ({error_text(error)})", got=_place(error),
+            what,
+            f"{name} was called, and failed ({error_text(error)})",
+            got=_source_line(error),
             cure="call it in Python and mend what fails",
-        ) from error  # fmt: skip
+        ) from error
 
 
-def _place(error: BaseException) -> str:
-    """The line that raised it, or that cannot be read."""
+def _source_line(error: BaseException) -> str:
+    """Source line that raised the error, or that has a syntax error."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}, {(error.text or '').strip()}"
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -55,10 +56,10 @@ def _place(error: BaseException) -> str:
 
 
 def _file_of(name: str, what: str) -> Path | None:
-    """The file that ``train.py:make`` names. Returns None if it names a module.
+    """The file in a name like ``train.py:make``, or None if the name is a module.
 
     Raises:
-        SkipscopeError: there is no such file.
+        SkipscopeError: the file does not exist.
     """
     path = Path(name.rpartition(":")[0])
     if path.suffix != ".py" or not path.stem.isidentifier():
@@ -101,19 +102,20 @@ def named_model(name: str, said: list[str]) -> Any:
     if name in networks:
         return networks[name]
     raise SkipscopeError(
-        "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
+        "model",
+        f"there is no network called {name!r:.60}",
+        expected="one of " + ", ".join(networks),
         cure=_with_colon(name) or "your own: module:callable, e.g. my_package.models:make_model",
-    )  # fmt: skip
+    )
 
 
 def _with_colon(name: str) -> str | None:
-    """How a name without a colon is meant, where a file of the present folder says so: ``train.Net``,
-    ``train.py``.
-    """
+    """Suggest a name with a colon for ``train.Net`` or ``train.py``, if that file is in this folder."""
     if name.endswith(".py") and Path(name).is_file():
         try:
             body = ast.parse(Path(name).read_bytes()).body
-        except (SyntaxError, ValueError, OSError):  # importing it will say what is wrong
+        # Importing the file will report what is wrong.
+        except (SyntaxError, ValueError, OSError):
             body = []
         kinds = (ast.ClassDef, ast.FunctionDef)
         names = [node.name for node in body if isinstance(node, kinds) and node.name[0] != "_"]
@@ -125,7 +127,7 @@ def _with_colon(name: str) -> str | None:
 
 
 def resolve(name: str, what: str) -> Any:
-    """Import ``module:callable``; only the command line does this, never a file that is read."""
+    """Import ``module:callable``. Only command-line arguments are imported, never names from loaded files."""
     if (file := _file_of(name, what)) is not None:
         sys.path.insert(0, str(file.parent.resolve()))
         name = f"{file.stem}:{name.rpartition(':')[2]}"
@@ -157,14 +159,20 @@ def resolve(name: str, what: str) -> Any:
         names = [n for n in dir(error.obj) if not n.startswith("_")]
         near = difflib.get_close_matches(error.name or "", names, 3)
         raise SkipscopeError(
-            what, f"the module has no such name ({error})", expected=" or ".join(near) or None, got=name,
+            what,
+            f"the module has no such name ({error})",
+            expected=" or ".join(near) or None,
+            got=name,
             cure="look for the name in the module, and how it is spelt",
-        ) from error  # fmt: skip
-    except Exception as error:  # the user's own module may raise anything while it is imported
+        ) from error
+    # The user's own module may raise anything while it is imported.
+    except Exception as error:
         raise SkipscopeError(
-            what, f"importing {name} failed ({type(error).__name__}: {error})", got=_place(error),
+            what,
+            f"importing {name} failed ({type(error).__name__}: {error})",
+            got=_source_line(error),
             cure="import the module in Python and mend what fails",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:
@@ -208,7 +216,7 @@ def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
             raise ValueError("no model class takes this configuration")
 
         return lambda: _built("hf", name, build)
-    # Without the option transformers asks at a terminal whether the repository's own code may run.
+    # Without this option transformers asks at a terminal whether code of the repository may run.
     load = transformers.AutoModel.from_pretrained
     return lambda: _built("hf", name, lambda: load(name, trust_remote_code=False))
 
@@ -216,7 +224,8 @@ def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
 def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except Exception as error:  # each library has its own errors for a wrong name
+    # Each library raises its own type of error for a wrong name.
+    except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SkipscopeError("model", f"{library} cannot build {name!r:.60} ({first})") from error
 

@@ -1,4 +1,4 @@
-"""The main job: a network, its twins, and everything measured on them side by side."""
+"""Compare a network with its twins: every measurement side by side."""
 
 from skipscope.comparison._compare import compare as compare
 from skipscope.comparison._comparison_result import Claim as Claim

@@ -1,8 +1,7 @@
-"""The words around the numbers: the answer, each claim of the lecture, and how everything was measured.
+"""Sentences of a comparison: the summary, the lecture's claims, and the description of the methods.
 
-Every sentence is built from what was measured on the network and at the depth that it names. A claim has two
-lines: what is true here, and what does not follow from it. Numbers that a reader may want stand in ``why``,
-below.
+Every sentence is built from measurements of the network and the depth that it names. A claim has two lines:
+what is true here, and what does not follow from it. ``why`` holds the numbers behind them.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
 
 HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
-# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's
-# points.
+# A surface is called chaotic at or above this roughness, or below this convex share (of the plane's points).
 CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
 
 
-# --- sizes in words
+# --- sizes in words ---
 
 
 def share(decades: float) -> str:
-    """What a loss of so many decades leaves, in words.
+    """The share of a gradient that remains after a loss of ``decades``, in words.
 
     Example:
         >>> share(0.1), share(2.0), share(16.6), share(-1.54)
@@ -52,7 +50,7 @@ def share(decades: float) -> str:
 
 
 def arrival(flow: GradientFlow) -> str:
-    """How much of the gradient reaches the first layer, as a clause."""
+    """A clause on how much of the gradient reaches the first layer."""
     fall = flow.verdict.fall_decades
     if fall is None or not math.isfinite(fall):
         return f"the gradient is {flow.verdict.state}"
@@ -60,7 +58,7 @@ def arrival(flow: GradientFlow) -> str:
 
 
 def arrival_of(decades: float) -> str:
-    """What arrives after a loss of so many decades, as a clause.
+    """A clause on how much of the gradient reaches the first layer after a loss of ``decades``.
 
     Example:
         >>> arrival_of(3.0), arrival_of(-1.0)
@@ -75,8 +73,8 @@ def arrival_of(decades: float) -> str:
     return f"the gradient reaches the first layer {what.removesuffix(' as much')} larger"
 
 
-def _briefly(decades: float) -> str:
-    """The same for the second of two, where the first has said what arrives."""
+def _arrival_brief(decades: float) -> str:
+    """Short form of :func:`arrival_of`, for the second half of a sentence."""
     what = share(decades)
     return f"it arrives {what.removesuffix(' as much')} larger" if decades < 0 and what != "all" else what
 
@@ -85,13 +83,11 @@ def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-# --- the answer
+# --- the answer ---
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
-    """Up to four sentences for the top of the page: the gradient without and with, the training, the
-    paths.
-    """
+    """Up to four sentences for the top of the page: gradient without and with shortcuts, training, paths."""
     sentences = [*_flow_sentences(evidence), _training_sentence(evidence), _path_sentence(evidence)]
     return tuple(sentence for sentence in sentences if sentence)
 
@@ -117,17 +113,18 @@ def _training_sentence(evidence: Evidence) -> str:
     if training is None:
         return ""
     optimizers = list(training.curves[roles.with_shortcuts])
-    shown = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    shown = [optimizer for optimizer in optimizers if _is_decided(training, roles, optimizer)]
     if not shown:
         return f"Neither network reaches a loss of {short(training.target)} in {training.steps} steps."
     best = min(
         shown,
         key=lambda o: min(
-            _middle(training.curves[name][o]) for name in (roles.with_shortcuts, roles.without_shortcuts)
+            _median_steps(training.curves[name][o])
+            for name in (roles.with_shortcuts, roles.without_shortcuts)
         ),
     )
     with_, without = (
-        _middle(training.curves[name][best]) for name in (roles.with_shortcuts, roles.without_shortcuts)
+        _median_steps(training.curves[name][best]) for name in (roles.with_shortcuts, roles.without_shortcuts)
     )
     goal = f"a loss of {short(training.target)} under {best}"
     if math.isinf(without):
@@ -154,13 +151,11 @@ def _path_sentence(evidence: Evidence) -> str:
     )
 
 
-# --- the lecture's claims
+# --- the lecture's claims ---
 
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """Each claim of the lecture with what was found; first what a reader can move, then the lecture's
-    order.
-    """
+    """The lecture's claims, judged: those with interactive charts first, the rest in the lecture's order."""
     return tuple(claim(evidence) for claim in CLAIMS)
 
 
@@ -217,7 +212,7 @@ def _claim_product(evidence: Evidence) -> Claim:
     below = float((factors < 1).mean())
     answer = HOLDS if below > 0.5 and product < 0.5 else PART if product < 1 else FAILS
     smallest = float(factors.min())
-    # One factor explains more than half of the fall, in decades.
+    # A single factor that explains more than half of the fall, in decades, is named.
     alone = product < 1 and math.log10(smallest) < 0.5 * math.log10(product)
     limits = (
         f"It is no even product: one step alone multiplies the gradient by {short(smallest)}."
@@ -237,9 +232,14 @@ def _claim_product(evidence: Evidence) -> Claim:
         f" {len(factors)} times over."
     )
     return Claim(
-        "product", _PRODUCT, answer, true, limits, why,
+        "product",
+        _PRODUCT,
+        answer,
+        true,
+        limits,
+        why,
         "Each dot is the factor of one step back. Below the line at 1 the gradient shrinks there.",
-    )  # fmt: skip
+    )
 
 
 _STAGNATE = "The weight updates stagnate, learning becomes stagnant, and convergence is delayed."
@@ -250,7 +250,7 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
     if training is None:
         return _not_measured("stagnate", _STAGNATE, "The networks were not trained.")
     optimizers = list(training.curves[roles.with_shortcuts])
-    shown = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    shown = [optimizer for optimizer in optimizers if _is_decided(training, roles, optimizer)]
     slower = [_slower(training, roles, optimizer) for optimizer in shown]
     cures = [
         name
@@ -262,7 +262,9 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
         UNKNOWN if not shown else FAILS if not any(slower) else PART if cures or not all(slower) else HOLDS
     )
     lost = [
-        o for o in optimizers if o in shown and math.isinf(_middle(training.curves[roles.with_shortcuts][o]))
+        o
+        for o in optimizers
+        if o in shown and math.isinf(_median_steps(training.curves[roles.with_shortcuts][o]))
     ]
     lost = lost or [o for o in optimizers if not training.curves[roles.with_shortcuts][o].learns]
     if not shown:
@@ -286,7 +288,7 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
             )
     else:
         limits = "It is a matter of speed here: both networks learn, each at its best rate."
-        if any(math.isinf(_middle(training.curves[roles.without_shortcuts][o])) for o in shown):
+        if any(math.isinf(_median_steps(training.curves[roles.without_shortcuts][o])) for o in shown):
             limits = (
                 "That the network without them can never learn is not shown: these are a few hundred steps."
             )
@@ -302,7 +304,7 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
 
 
 def _training_numbers(evidence: Evidence, shown: list[str]) -> str:
-    """Steps and update sizes of both networks under each optimizer, and where a verdict was contradicted."""
+    """Steps and update sizes of both networks under each optimizer, and contradictions of a verdict."""
     training, roles = evidence.training, evidence.roles
     assert training is not None
     why = [f"Steps to a loss of {short(training.target)}, each at its best rate."]
@@ -321,8 +323,8 @@ def _training_numbers(evidence: Evidence, shown: list[str]) -> str:
                 f" {short(with_.final_loss)} with shortcuts and {short(without.final_loss)} without."
             )
         why.append(
-            f"A step moves the weights by {short(_update(with_))} of their size with,"
-            f" {short(_update(without))} without."
+            f"A step moves the weights by {short(_median_update_ratio(with_))} of their size with,"
+            f" {short(_median_update_ratio(without))} without."
         )
     for name, by in training.curves.items():
         hindered = evidence.flow[name].verdict.hinders if name in evidence.flow else ()
@@ -334,29 +336,25 @@ def _training_numbers(evidence: Evidence, shown: list[str]) -> str:
     return " ".join(why)
 
 
-def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
-    """Whether the steps were enough to say who is slower: most seeds of one of the two reach the target."""
+def _is_decided(training: Training, roles: Roles, optimizer: str) -> bool:
+    """Whether most seeds of at least one network reach the target, so that their speeds can be compared."""
     both = (training.curves[name][optimizer] for name in (roles.with_shortcuts, roles.without_shortcuts))
-    return any(math.isfinite(_middle(curves)) for curves in both)
+    return any(math.isfinite(_median_steps(curves)) for curves in both)
 
 
 def _slower(training: Training, roles: Roles, optimizer: str) -> bool:
-    return _middle(training.curves[roles.without_shortcuts][optimizer]) > _middle(
+    return _median_steps(training.curves[roles.without_shortcuts][optimizer]) > _median_steps(
         training.curves[roles.with_shortcuts][optimizer]
     )
 
 
-def _middle(curves: Curves) -> float:
-    """Median steps to the target, as the table has it; inf where most seeds never reach it."""
+def _median_steps(curves: Curves) -> float:
+    """Median steps to the target, as in the table; inf if most seeds never reach it."""
     steps = sorted(np.inf if s is None else float(s) for s in curves.steps_to_target)
     return steps[len(steps) // 2]
 
 
-def _end(curves: Curves) -> str:
-    return short(curves.final_loss) if math.isfinite(curves.final_loss) else "no number (training diverges)"
-
-
-def _update(curves: Curves) -> float:
+def _median_update_ratio(curves: Curves) -> float:
     return float(np.nanmedian(curves.update_ratio))
 
 
@@ -405,9 +403,14 @@ def _claim_surface(evidence: Evidence) -> Claim:
     why.append(_paired_numbers(evidence))
     answer, true, limits = _compare_surfaces(having, lacking)
     return Claim(
-        "surface", _SURFACE, answer, true, limits, " ".join(filter(None, why)),
+        "surface",
+        _SURFACE,
+        answer,
+        true,
+        limits,
+        " ".join(filter(None, why)),
         "A bowl is easy to walk down. Look for ridges, and for regions so flat that no step leads anywhere.",
-    )  # fmt: skip
+    )
 
 
 def _compare_surfaces(having: Surface, lacking: Surface) -> tuple[str, str, str]:
@@ -419,9 +422,9 @@ def _compare_surfaces(having: Surface, lacking: Surface) -> tuple[str, str, str]
             f"The network {unlearnt[-1]} shortcuts has not learnt: its surface is flat, not chaotic.",
             "Nothing on smoothness follows from the surface of a network that has not learnt.",
         )
-    beyond = _beyond(lacking.scores, having.scores, "roughness") or _beyond(
-        having.scores, lacking.scores, "convexity_share"
-    )
+    beyond = _is_significantly_greater(
+        lacking.scores, having.scores, "roughness"
+    ) or _is_significantly_greater(having.scores, lacking.scores, "convexity_share")
     if not _chaotic(lacking.scores):
         true = (
             "Neither surface is chaotic."
@@ -449,8 +452,8 @@ def _chaotic(scores: Scores) -> bool:
     return scores.roughness >= CHAOTIC_ROUGHNESS or scores.convexity_share < CHAOTIC_CONVEXITY
 
 
-def _beyond(more: Scores, less: Scores, name: str) -> bool:
-    """Whether a score is greater by more than the 95 % interval of the difference."""
+def _is_significantly_greater(more: Scores, less: Scores, name: str) -> bool:
+    """Whether the difference of two scores exceeds its 95 % confidence interval."""
     error = math.hypot(*(scores.errors.get(name) or 0.0 for scores in (more, less)))
     return getattr(more, name) - getattr(less, name) > 1.96 * error
 
@@ -483,7 +486,7 @@ _CRUCIAL = "They play a crucial role in preserving the flow of gradients."
 
 
 def _claim_crucial(evidence: Evidence) -> Claim:
-    """Decided by the flow: what remains of it when the shortcuts are taken out of the same weights."""
+    """Judge whether shortcuts are crucial, by the gradient flow after removing them from the same weights."""
     roles, flow = evidence.roles, evidence.flow
     removed = flow.get(f"{roles.with_shortcuts}, removed")
     if removed is None and evidence.twins[roles.without_shortcuts].meaning == "removed":
@@ -495,13 +498,18 @@ def _claim_crucial(evidence: Evidence) -> Claim:
     true = f"With all shortcuts taken out of the same weights, {arrival(removed)}."
     limits, why = _single_shortcuts(evidence)
     return Claim(
-        "which", _CRUCIAL, HOLDS if broken else FAILS, true, limits, why,
+        "which",
+        _CRUCIAL,
+        HOLDS if broken else FAILS,
+        true,
+        limits,
+        why,
         "The longest bar is the shortcut this network can least do without.",
-    )  # fmt: skip
+    )
 
 
 def _single_shortcuts(evidence: Evidence) -> tuple[str, str]:
-    """What one shortcut alone does: the limit of the claim, and the numbers."""
+    """Limits of the claim and the numbers behind it, from the removal of each shortcut alone."""
     ranking = evidence.importance.get(evidence.roles.with_shortcuts)
     removed = (
         [(i.name, i.removed) for i in ranking.ranked if i.removed is not None] if ranking is not None else []
@@ -559,11 +567,14 @@ def _claim_strength(evidence: Evidence) -> Claim:
     else:
         limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
     return Claim(
-        "strength", _STRENGTH, answer,
-        f"At strength 0, {arrival_of(start)}; at strength 1, {_briefly(end)}.",
-        limits, f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
+        "strength",
+        _STRENGTH,
+        answer,
+        f"At strength 0, {arrival_of(start)}; at strength 1, {_arrival_brief(end)}.",
+        limits,
+        f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
         "Move the slider from 0 (removed) to 1 (as built).",
-    )  # fmt: skip
+    )
 
 
 def _not_measured(key: str, claim: str, reason: str) -> Claim:
@@ -581,11 +592,11 @@ CLAIMS = (
 )
 
 
-# --- methods
+# --- methods ---
 
 
 def methods(evidence: Evidence, settings: Settings, details: str = "") -> str:
-    """One paragraph that says how everything was measured, with its sources."""
+    """A paragraph on how everything was measured, with references."""
     flow = next(iter(evidence.flow.values()))
     parts = [
         details
@@ -628,7 +639,7 @@ def _training_methods(training: Training) -> str:
 def comparison_of(
     evidence: Evidence, subject: str, settings: Settings, clock: Clock, details: str = ""
 ) -> Comparison:
-    """Put the words around the numbers."""
+    """Build the :class:`Comparison` from the evidence: sentences, measurements and provenance."""
     provenance = {
         "skipscope": __version__,
         "torch": torch.__version__,

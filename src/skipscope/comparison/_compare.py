@@ -1,4 +1,4 @@
-"""The main job on a user's own model: its twins, everything measured on them, the words around it."""
+"""``compare`` for a user's own model: build its twins, measure them and judge the claims."""
 
 from __future__ import annotations
 
@@ -61,30 +61,29 @@ def compare(
 ) -> Comparison:
     """What do its shortcuts do for a network? Everything skipscope measures, with and without, as one result.
 
-    The shortcuts are found, not declared. A model that has some is compared with the twin from which they
-    were removed; a model that has none with the twin to which they were added. Nothing is done to the model
-    given: twins are copies. Local.
+    The shortcuts are found, not declared. A model with shortcuts is compared with a twin without them; a
+    model without shortcuts with a twin to which they were added. Twins are copies: the model given is not
+    changed. Local.
 
     Args:
-        model: a factory (called again for each seed) or a ready module (seeds then vary the order of batches
-            only); None: the lecture's network, made deep, on embedded digits.
+        model: a factory (called again for each seed) or a module (seeds then vary the order of batches
+            only); None: a deep version of the lecture's network, on embedded digits.
         data: one batch ``(inputs, target)``, a Mapping, or any re-iterable of these.
         loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries
             ``.loss``.
-        variants: more networks to stand beside the model, by name, each a factory or a module; or names of
-            kinds of ``skipscope.nn.registry()``: for each a twin whose shortcuts are of that kind
-            (``result.kinds_table()``).
+        variants: further networks to compare, name -> factory or module; or kinds of
+            ``skipscope.nn.registry()``: a twin with shortcuts of each kind (``result.kinds_table()``).
         train: whether the twins are also trained side by side.
         seeds: training runs of each twin.
-        steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 70).
-        batch_size: samples a step where the data is one batch.
-        grid: points a side of the loss surfaces.
-        budget: seconds to stay within; parts that do not fit are left out and named in ``notes``.
+        steps: optimizer steps per run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 70).
+        batch_size: samples per step if the data is one batch.
+        grid: points per side of the loss surfaces.
+        budget: time limit in seconds; parts that do not fit are left out and named in ``notes``.
         quick: a smaller version of everything, within a ``budget`` of 27 seconds unless another is given.
-        seed: for all that is drawn.
-        name: what the page calls the model.
-        about: sentences on the data or the model for the paragraph of methods.
-        weight: what a batch counts for, when the loss is not a mean over samples.
+        seed: seed of every random draw.
+        name: name of the model on the page.
+        about: sentences on the data or the model for the paragraph on methods.
+        weight: batch -> its weight, if the loss is not a mean over samples.
 
     Returns:
         :class:`Comparison`; ``result.save("report.html")`` writes the page.
@@ -105,10 +104,15 @@ def compare(
     kind_names(variants)
     require_size("compare", budget=budget)
     settings = Settings(
-        seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
-        grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,
+        seeds=1 if quick else seeds,
+        steps=steps or (60 if quick else 200),
+        batch_size=batch_size,
+        grid=min(grid, 11) if quick else grid,
+        samples=128 if quick else 256,
+        train=train,
+        seed=seed,
         strengths=6 if quick else 11,
-    )  # fmt: skip
+    )
     clock = Clock(QUICK_SECONDS if quick and budget is None else budget)
     if model is None:
         if data is not None or variants is not None:
@@ -132,9 +136,9 @@ def _compare_own(
     about: Sequence[str],
     weight,
 ) -> Comparison:
-    base = _ready(model, settings.seed)
+    base = _training_copy(model, settings.seed)
     whole = prepare(base, data, loss, "compare", weight=weight)
-    batch = _some(whole, settings.samples)
+    batch = _measured_batch(whole, settings.samples)
     subject = whole.on(batch)
     label = name or type(base).__name__
     with one_snapshot(base):
@@ -166,8 +170,8 @@ def _compare_own(
     )
 
 
-def _ready(model: Any, seed: int) -> nn.Module:
-    """A copy in training mode: the user's own is never run."""
+def _training_copy(model: Any, seed: int) -> nn.Module:
+    """Copy a module, or build one from a factory, in training mode; the user's own module is never run."""
     if isinstance(model, nn.Module):
         require_module(model, "compare")
         return private_copy(model, "compare").train()
@@ -179,8 +183,8 @@ def _ready(model: Any, seed: int) -> nn.Module:
     return made.train()
 
 
-def _some(subject: Subject, samples: int) -> Any:
-    """The first batch, or so many samples of it where its rows are samples by themselves."""
+def _measured_batch(subject: Subject, samples: int) -> Any:
+    """The first batch, cut to ``samples`` rows if its rows are independent samples."""
     one = subject.on(subject.data.first())
     batch = one.data.first()
     return rows(batch, slice(samples)) if can_be_cut(one.model, one.data, one.loss, samples) else batch
@@ -202,7 +206,7 @@ def _refuse_bad_loss(subject: Subject) -> None:
 
 
 def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
-    """The networks to compare, how to make each of them again, their roles, and the meaning of each."""
+    """The networks to compare, a maker of each, their roles, and their meanings."""
     base, found = subject.model, subject.found
     again = model if not isinstance(model, nn.Module) else None
     if len(found):
@@ -227,6 +231,6 @@ def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
             f"{KIND}{name}",
         )
     for name, variant in variants.items() if isinstance(variants, Mapping) else ():
-        subjects[name] = subject.other(_ready(variant, settings.seed), owned=False)
+        subjects[name] = subject.other(_training_copy(variant, settings.seed), owned=False)
         makers[name], meanings[name] = variant, "variant"
     return subjects, makers, roles, meanings

@@ -1,4 +1,4 @@
-"""What the main job hands over: the twins, their training, and everything measured on them, keyed by twin."""
+"""Result of a comparison: the twins, their training and all measurements, keyed by twin."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from skipscope.surfaces import PairedSurfaces
 
 @dataclass(frozen=True, eq=False)
 class StrengthSweep(Result):
-    """The flow as every shortcut's strength goes from 0 (removed) to 1 (as built), from these weights.
+    """Gradient flow at shortcut strengths from 0 (removed) to 1 (as built), with the same weights.
 
     Attributes:
-        strengths: the factors, [S].
-        names: the boundaries' names, first to last.
+        strengths: factors on every shortcut, [S].
+        names: names of the boundaries, first to last.
         gradient_rms: flow at each boundary, [S, boundaries].
-        fall_decades: the fall at each strength, [S].
-        states: the verdict's state at each strength.
+        fall_decades: fall at each strength, [S].
+        states: state of the verdict at each strength.
     """
 
     strengths: np.ndarray
@@ -50,7 +50,7 @@ class StrengthSweep(Result):
         )
 
 
-# How a twin's meaning begins, where its shortcuts are of another kind.
+# Prefix of the meaning of a twin with another kind of shortcut.
 KIND = "kind: "
 
 
@@ -59,11 +59,11 @@ class Twin:
     """One network of a comparison.
 
     Attributes:
-        name: its key everywhere.
-        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", "kind: NAME", or a
-            variant's own words.
-        description: one line for people.
-        parameters: how many trainable numbers it has.
+        name: key in every dict of the comparison.
+        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", "kind: NAME", or the
+            text of a variant.
+        description: one line for readers.
+        parameters: number of trainable parameters.
     """
 
     name: str
@@ -74,13 +74,13 @@ class Twin:
 
 @dataclass(frozen=True)
 class DepthResult:
-    """One depth: whether each network's gradient arrives, and whether the network learns.
+    """Gradient flow and training of each network at one depth.
 
     Attributes:
-        depth: hidden layers.
+        depth: number of hidden layers.
         fall: twin -> fall in decades.
-        state: twin -> the verdict's state.
-        steps: twin -> optimizer -> steps to the target as text ("> 400" when never).
+        state: twin -> state of the verdict.
+        steps: twin -> optimizer -> steps to the target as text ("> 400" if it is not reached).
         learns: twin -> optimizer -> whether any rate tried reaches the target.
     """
 
@@ -93,15 +93,15 @@ class DepthResult:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the lecture, held against the measurement.
+    """A claim of the lecture, compared with the measurement.
 
     Attributes:
-        key: "smaller", "product", "stagnate", "path", "strength", "surface" or "which": its place on the
-            page.
+        key: identifier of its section on the page: "smaller", "product", "stagnate", "path", "strength",
+            "surface" or "which".
         claim: the claim in the lecture's words.
         answer: "holds", "holds in part", "does not hold here" or "not measured".
         finding: what is true here, in at most 25 words.
-        limits: what does not follow from it, in at most 25 words; "" where nothing was measured.
+        limits: what does not follow from it, in at most 25 words; "" if nothing was measured.
         why: the numbers behind it.
         see: what to look at in the chart.
     """
@@ -116,9 +116,7 @@ class Claim:
 
 
 def _learns(optimizer: str, curves: Curves) -> str:
-    """The optimizer, where the twin learns under it; how far it came, where it reached the target and does
-    not learn.
-    """
+    """The optimizer's name if the twin learns, qualified if it only reached the target; otherwise ''."""
     reached, seeds = sum(steps is not None for steps in curves.steps_to_target), len(curves.steps_to_target)
     if curves.learns or not reached:
         return optimizer if curves.learns else ""
@@ -127,26 +125,26 @@ def _learns(optimizer: str, curves: Curves) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Result):
-    """What its shortcuts do for a network: everything ``skipscope compare`` measured.
+    """A network with and without its shortcuts: everything ``skipscope compare`` measured.
 
-    Every dict is keyed by twin (see :class:`Twin` for what each one is).
+    Every dict is keyed by the name of a :class:`Twin`.
 
     Attributes:
         subject: the network and the data in one line.
-        summary: up to four sentences, each with its number, to be read aloud.
+        summary: up to four sentences, each with its number.
         claims: the lecture's claims, each with its finding.
         twins: the networks compared.
-        found: the shortcuts of each twin that has any.
-        flow: gradient flow; "NAME, removed" and "NAME, detached" stand beside twins that have shortcuts.
+        found: the shortcuts of each twin with shortcuts.
+        flow: gradient flow; twins with shortcuts also have entries "NAME, removed" and "NAME, detached".
         split: branch against shortcut at each merge.
         paths: the exact path spectrum.
         training: the twins trained side by side, or None.
-        depths: the same question at several depths, deepest last; empty for a user's own model.
+        depths: results at several depths, deepest last; empty for a user's own model.
         surfaces: "trained" (each twin from its own training) and "paired" (shared weights, pointwise
             difference).
-        importance: each shortcut removed alone, each branch lesioned alone.
-        strength: the flow against shortcut strength.
-        methods: one paragraph that says how everything was measured.
+        importance: the effect of removing each shortcut alone and of lesioning each branch alone.
+        strength: gradient flow against shortcut strength.
+        methods: a paragraph on how everything was measured.
         notes: what was left out and why.
         provenance: versions, seeds, hashes, the machine, seconds by stage.
 
@@ -185,10 +183,10 @@ class Comparison(Result):
         return self.depths
 
     def kinds_table(self) -> Table:
-        """One line each: as built, without its shortcuts, and with each kind; loss, accuracy and steps under
-        each optimizer.
+        """Loss, accuracy and steps to the target under each optimizer, one row for each kind of shortcut.
 
-        The table of He et al. 2016 (arXiv 1603.05027, table 1) for one's own network.
+        The first two rows are the network with and without its shortcuts. The layout follows table 1 of
+        He et al. 2016 (arXiv 1603.05027).
         """
         training, rows = self.training, list[list[Any]]()
         heads: list[str] = []
@@ -217,11 +215,16 @@ class Comparison(Result):
             learns = ", ".join(filter(None, (_learns(optimizer, c) for optimizer, c in curves.items())))
             if not learns:
                 learns = f"none in {self.training.steps} steps" if self.training and curves else "-"
-            rows.append([
-                twin.name, len(self.found[twin.name]) if twin.name in self.found else 0,
-                flow.verdict.fall_decades if flow else None, flow.verdict.state if flow else "-",
-                self.paths[twin.name].mean_length if twin.name in self.paths else None, learns,
-            ])  # fmt: skip
+            rows.append(
+                [
+                    twin.name,
+                    len(self.found[twin.name]) if twin.name in self.found else 0,
+                    flow.verdict.fall_decades if flow else None,
+                    flow.verdict.state if flow else "-",
+                    self.paths[twin.name].mean_length if twin.name in self.paths else None,
+                    learns,
+                ]
+            )
         return Table(
             self.subject,
             ["network", "shortcuts", "fall (decades)", "verdict", "mean path", "learns under"],

@@ -1,4 +1,4 @@
-"""What a comparison is asked for, which network plays which part, and what has been measured so far."""
+"""State of a comparison in progress: its settings, the roles of the networks, and the measurements so far."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ Factory = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is done.
+    """Sizes, seeds and training options of a comparison.
 
     Attributes:
-        seeds, steps, batch_size: of the training.
-        grid: points a side of a surface.
-        samples: how many samples gradients and surfaces rest on.
+        seeds: number of training runs of each twin.
+        steps: optimizer steps per run.
+        batch_size: samples per step.
+        grid: points per side of a surface.
+        samples: number of samples for gradients and surfaces.
         train: whether to train at all.
         optimizers: optimizer -> rates to try.
-        target: the loss to be reached; None: half of the first loss.
-        strengths: at how many strengths of the shortcuts the flow is measured.
-        seed: for everything drawn.
+        target: loss to be reached; None: half of the first loss.
+        strengths: number of shortcut strengths at which the flow is measured.
+        seed: seed of every random draw.
     """
 
     seeds: int = 3
@@ -45,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which twin has the shortcuts, which has none, and which are controls."""
+    """Names of the twin with shortcuts, of the twin without, and of the controls."""
 
     with_shortcuts: str
     without_shortcuts: str
@@ -54,7 +56,7 @@ class Roles:
 
 @dataclass
 class Evidence:
-    """What has been measured so far; ``comparison_of`` makes a :class:`Comparison` of it."""
+    """Measurements so far, from which ``comparison_of`` builds a :class:`Comparison`."""
 
     roles: Roles
     twins: dict[str, Twin]

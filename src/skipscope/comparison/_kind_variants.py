@@ -1,4 +1,4 @@
-"""Twins by kind of connection: the network's own shortcuts, each time computed by another kind."""
+"""Twins by kind of connection: the network with its shortcuts replaced by each kind in turn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from skipscope.shortcuts import add_shortcuts, rewirable, rewire
 
 
 def kind_names(variants: Any) -> tuple[ConnectionKind, ...]:
-    """The kinds that ``variants`` names; empty where it maps names to networks.
+    """The kinds that ``variants`` names; empty if it maps names to networks.
 
     Raises:
-        SkipscopeError: a name that no kind has, or something that is no name.
+        SkipscopeError: an unknown kind, or an entry that is not a string.
     """
     names: list[Any] = [variants] if isinstance(variants, str) else list(variants or ())
     if isinstance(variants, Mapping):
@@ -40,10 +40,10 @@ def kind_names(variants: Any) -> tuple[ConnectionKind, ...]:
 def twins_by_kind(
     names: Sequence[ConnectionKind], subject: Subject, again: Callable[[], nn.Module] | None, notes: list[str]
 ) -> dict[str, tuple[nn.Module, Any]]:
-    """Kind -> its twin, and what makes another; kinds that do not fit are refused in ``notes``.
+    """Build a twin and its maker for each kind; kinds that do not fit are named in ``notes``.
 
-    Where the network has shortcuts those that are sums of two are rewired; elsewhere shortcuts of the kind
-    are added.
+    If the network has shortcuts that are sums of two operands, they are rewired; otherwise shortcuts of the
+    kind are added.
 
     Raises:
         SkipscopeError: none of the kinds fits.
@@ -51,7 +51,7 @@ def twins_by_kind(
     sums = rewirable(subject.found)
     if names and len(sums) < len(subject.found):
         notes.append(
-            f"{len(sums)} of {len(subject.found)} shortcuts are sums of two, and have each kind's connection"
+            f"{len(sums)} of {len(subject.found)} shortcuts are sums of two operands; only these are replaced"
         )
     twins: dict[str, tuple[nn.Module, Any]] = {}
     refused: dict[str, SkipscopeError] = {}
@@ -65,7 +65,7 @@ def twins_by_kind(
         except SkipscopeError as error:
             refused[name] = error
             continue
-        twins[name] = twin, twin if again is None else partial(_made, make, again)
+        twins[name] = twin, twin if again is None else partial(_apply_to_new, make, again)
     for name, error in refused.items():
         notes.append(f"{name} was left out: {error.problem} ({error.got})")
     if refused and not twins:
@@ -73,5 +73,5 @@ def twins_by_kind(
     return twins
 
 
-def _made(make: Callable[[nn.Module], nn.Module], again: Callable[[], nn.Module]) -> nn.Module:
+def _apply_to_new(make: Callable[[nn.Module], nn.Module], again: Callable[[], nn.Module]) -> nn.Module:
     return make(again())

@@ -1,7 +1,7 @@
-"""The main job without a model: the lecture's network, made deep, on real digits, at several depths.
+"""``compare`` without a model: deep versions of the lecture's network, on real digits.
 
-Four networks, so that no one can say "bad initialisation": plain, plain with He's initialisation, with the
-lecture's shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
+Four networks separate the effect of shortcuts from that of the initialisation: plain, plain with He's
+initialisation, with the lecture's shortcuts, and with shortcuts and branches scaled by 1/sqrt(L).
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from skipscope.comparison.training import Training, fitting_threads, train_and_k
 from skipscope.flow import GradientFlow, flow_of
 
 DEPTHS, QUICK_DEPTHS = (8, 16, 30), (8, 30)
-# Three rates an optimizer: a fourth, smaller one was never the best at any depth.
+# Three rates per optimizer: a fourth, smaller rate was not the best at any depth.
 RATES = {"SGD": (0.1, 0.03, 0.01), "Adam": (0.01, 0.003, 0.001)}
 QUICK_RATES = {"SGD": (0.1, 0.01), "Adam": (0.01, 0.001)}
-TARGET = 0.5  # well below 2.303, the loss of guessing among ten digits
+# Well below 2.303, the loss of guessing among ten digits.
+TARGET = 0.5
 ROLES = Roles("shortcuts", "plain", ("plain, He", "shortcuts, scaled"))
 MEANINGS = {
     "plain": "trained without",
@@ -65,12 +66,12 @@ DETAILS = (
 
 
 def makers(depth: int) -> dict[str, Factory]:
-    """How to build each of the four networks at one depth; the same seed draws the same weights."""
+    """Factories of the four networks at one depth; the same seed draws the same weights."""
     return {name: partial(reference.deep_mlp, depth, **options) for name, options in _BUILD.items()}
 
 
 def build(depth: int, seed: int) -> dict[str, nn.Module]:
-    """The four networks at one depth."""
+    """Build the four networks at one depth."""
     networks = {}
     for name, make in makers(depth).items():
         with random_state_kept(seed):
@@ -79,7 +80,7 @@ def build(depth: int, seed: int) -> dict[str, nn.Module]:
 
 
 def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int | None = None) -> Comparison:
-    """The main job on the lecture's network."""
+    """Compare the lecture's network with and without shortcuts, at several depths."""
     depths = QUICK_DEPTHS if quick else DEPTHS
     settings = replace(
         settings,
@@ -123,7 +124,7 @@ def _measure(
     settings: Settings,
     clock: Clock,
 ) -> None:
-    """Measure everything on the deepest networks, and the fall and the training also on shallower ones."""
+    """Measure everything on the deepest networks, but only the fall and the training on shallower ones."""
     plain = deepest[ROLES.without_shortcuts]
     measure_flow(evidence, deepest, settings, clock)
     trainings: dict[int, Training] = {}
@@ -150,13 +151,13 @@ def _measure(
     measure_importance(evidence, trained, clock)
 
 
-# --- the trainings
+# --- the trainings ---
 
 
 def _train_all(
     depths: Sequence[int], settings: Settings, plain: Subject, clock: Clock
 ) -> tuple[dict[int, Training], dict[str, dict[str, nn.Module]]]:
-    """Depth -> training, and the deepest trained networks by name and optimizer."""
+    """Train at each depth. Returns depth -> training, and the deepest networks by name and optimizer."""
     each = seconds_a_step(plain, settings.batch_size) / depths[-1]
     chosen, settings = _affordable(depths, settings, each, clock)
     trainings: dict[int, Training] = {}
@@ -164,11 +165,18 @@ def _train_all(
     for depth in track(chosen, "training, depths"):
         is_deepest = depth == depths[-1]
         trainings[depth], networks = train_and_keep(
-            makers(depth), reference.digits(), F.cross_entropy,
+            makers(depth),
+            reference.digits(),
+            F.cross_entropy,
             seeds=range(settings.seed, settings.seed + (settings.seeds if is_deepest else 1)),
-            steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers,
-            target=TARGET, stop_at_target=not is_deepest, extend=False, keep=is_deepest,
-        )  # fmt: skip
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            optimizers=settings.optimizers,
+            target=TARGET,
+            stop_at_target=not is_deepest,
+            extend=False,
+            keep=is_deepest,
+        )
         kept = networks if is_deepest else kept
     return trainings, kept
 
@@ -176,19 +184,20 @@ def _train_all(
 def _affordable(
     depths: Sequence[int], settings: Settings, each: float, clock: Clock
 ) -> tuple[list[int], Settings]:
-    """The depths to train at, deepest first, and the settings with as many steps as the budget has room for.
+    """Choose the depths, deepest first, and the number of steps that fit into the budget.
 
     Args:
-        depths: those that were asked for.
-        settings: with the steps that were asked for.
-        each: seconds a step of one network takes for each layer.
-        clock: says how much time is left; what is left out becomes a note.
+        depths: the requested depths.
+        settings: settings with the requested steps.
+        each: seconds per step and layer of one network.
+        clock: clock with the remaining time; what is left out becomes a note.
     """
     rates = sum(map(len, settings.optimizers.values()))
     a_step = (
         each * len(_BUILD) * depths[-1] * (rates + len(settings.optimizers) * (settings.seeds)) / workers()
     )
-    a_step *= 2 * clock.slowed  # at this width the optimizer and the log take as long as the passes
+    # At this width the optimizer and the log take as long as the forward and backward passes.
+    a_step *= 2 * clock.slowed
     seconds = a_step * settings.steps
     say(
         f"training: about {seconds:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers,"
@@ -220,9 +229,7 @@ def _affordable(
 
 
 def _at_depth(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> DepthResult:
-    """What one depth shows; a network learns where every seed's loss reaches the target under that
-    optimizer.
-    """
+    """Collect the results at one depth. A network learns if the loss of every seed reaches the target."""
     curves = training.curves if training is not None else {}
     return DepthResult(
         depth,

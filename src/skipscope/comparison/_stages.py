@@ -1,6 +1,4 @@
-"""The stages of a comparison, each a function of the evidence so far, and a clock that keeps to the
-budget.
-"""
+"""Stages of a comparison, each a function of the evidence so far, and a clock for the time budget."""
 
 from __future__ import annotations
 
@@ -25,20 +23,19 @@ from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
 
-# What ``quick`` announces: parts that a busy machine has no time for are left out and named.
-# With Python's and torch's own start the command takes three seconds more.
+# Default budget of ``quick``. Starting Python and torch adds about three seconds to the command.
 QUICK_SECONDS = 27.0
-# Fewer steps show nothing: where the budget has no room for them, training is left out.
+# Fewer steps show nothing, so training is left out if the budget has no time for them.
 FEWEST_STEPS = 20
 
 
 @dataclass
 class Clock:
-    """Seconds by stage, and whether another stage fits into the budget.
+    """Time per stage, and whether another stage fits into the budget.
 
     Attributes:
         budget: seconds for everything; None: no limit.
-        stages: stage -> seconds it took.
+        stages: stage -> its seconds.
         notes: what was left out, and why.
     """
 
@@ -50,20 +47,18 @@ class Clock:
 
     @property
     def spent(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was started."""
         return time.perf_counter() - self.start
 
     @property
     def slowed(self) -> float:
-        """How many times longer things have taken than this process computed: other work shares the
-        machine.
-        """
+        """Wall-clock time over CPU time of this process: above 1 if other work shares the machine."""
         computed = time.process_time() - self._cpu_at_start
         return max(1.0, self.spent / computed) if computed > 0.2 else 1.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
+        """Time the code inside."""
         begun = time.perf_counter()
         try:
             yield
@@ -71,7 +66,7 @@ class Clock:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
 
     def fits(self, name: str, estimate: Callable[[], float]) -> bool:
-        """Whether so many seconds more are within the budget; if not, a note says what was left out."""
+        """Whether ``estimate()`` more seconds fit into the budget; if not, note what was left out."""
         if self.budget is None or self.spent + (seconds := estimate()) <= self.budget:
             return True
         self.notes.append(
@@ -84,9 +79,7 @@ class Clock:
 def strength_sweep(
     subject: Subject, name: str, known: Mapping[float, GradientFlow], count: int
 ) -> StrengthSweep:
-    """The flow at ``count`` strengths of all shortcuts, from 0 to 1; ``known`` are those that have been
-    measured.
-    """
+    """Measure the gradient flow at ``count`` shortcut strengths from 0 to 1, except those in ``known``."""
     flows, strengths = [], np.linspace(0.0, 1.0, count)
     for strength in track(strengths, f"shortcut strength of {name}", count):
         flow = known.get(float(strength))
@@ -108,7 +101,7 @@ def _number(value: float | None) -> float:
 
 
 def attempt(clock: Clock, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run one stage; what skipscope refuses becomes a note, and the page leaves it out."""
+    """Run one stage. A SkipscopeError becomes a note; the page then leaves the stage out."""
     with clock.stage(name.partition(":")[0]):
         try:
             return function(*arguments)
@@ -123,21 +116,25 @@ def describe(
     label: str,
     descriptions: Mapping[str, str] = {},
 ) -> dict[str, Twin]:
-    """One line of description for each network; by default what it means."""
+    """Describe each network in one line, by default with its meaning."""
     return {
         name: Twin(
-            name, meanings[name], f"{label}, {descriptions.get(name, meanings[name])}",
+            name,
+            meanings[name],
+            f"{label}, {descriptions.get(name, meanings[name])}",
             sum(p.numel() for p in one.model.parameters()),
         )
         for name, one in subjects.items()
-    }  # fmt: skip
+    }
 
 
 def measure_flow(
     evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
 ) -> None:
-    """Flow of every network; for those with shortcuts also removed and detached, split, paths and
-    strength.
+    """Measure the gradient flow of every network.
+
+    For a network with shortcuts, also measure the flow of its removed and detached twins, the gradient split,
+    the path spectrum and a strength sweep.
     """
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
@@ -177,16 +174,19 @@ def measure_training(
     settings: Settings,
     clock: Clock,
 ) -> dict[str, nn.Module]:
-    """Train the twins side by side; returns one trained network each, under the optimizer that most of them
-    like.
+    """Train the twins side by side.
 
     Args:
-        evidence: gets the training.
-        makers: twin -> how to make it.
-        train: ``train_and_keep`` with the data, the loss and the weight.
-        subject: one of the twins, on which a step is timed.
+        evidence: evidence to which the training is added.
+        makers: twin -> its maker.
+        train: ``train_and_keep`` with the data, the loss and the weight bound.
+        subject: twin on which a step is timed.
         settings: steps, seeds and rates.
-        clock: the steps are cut to its budget.
+        clock: clock whose budget limits the steps.
+
+    Returns:
+        A trained network of each twin, under the optimizer with which most twins learn; empty if the budget
+        leaves no time.
     """
     runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
     steps, per_step = settings.steps, seconds_a_step(subject, settings.batch_size) * clock.slowed
@@ -202,16 +202,20 @@ def measure_training(
         clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
     with clock.stage("training"):
         training, kept = train(
-            makers, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
-            batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target,
+            makers,
+            seeds=range(settings.seed, settings.seed + settings.seeds),
+            steps=steps,
+            batch_size=settings.batch_size,
+            optimizers=settings.optimizers,
+            target=settings.target,
             extend=clock.budget is None,
-        )  # fmt: skip
+        )
     evidence.training = training
     return trained_alike(training, kept)
 
 
 def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
-    """One trained network a twin, all under one optimizer: the one under which most of them learn."""
+    """The trained networks under the optimizer with which most twins learn, one per twin."""
     optimizers = list(next(iter(kept.values())))
 
     def merit(optimizer: str) -> tuple[int, float]:
@@ -225,15 +229,14 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
 
 
 def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
-    """What one step of training takes on a machine that does nothing else: a forward and a backward pass,
-    timed, and a fifth more for the optimizer.
-    """
+    """Seconds per training step on an idle machine: forward and backward timed, 20 % for the optimizer."""
     batch = subject.data.first()
     if batch_size is not None and can_be_cut(subject.model, subject.data, subject.loss, batch_size):
         batch = rows(batch, slice(batch_size))
     seconds = []
     with subject.running(0):
-        for _ in range(4):  # the first pays for what happens only once
+        # The first pass is a warm-up.
+        for _ in range(4):
             start = time.perf_counter()
             subject.loss(subject.model, batch).backward()
             seconds.append(time.perf_counter() - start)
@@ -244,7 +247,7 @@ def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
 def measure_surfaces(
     evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
 ) -> None:
-    """Each network's own surface; and, from shared weights, with against removed."""
+    """Compute the surface of each network, and the pair with and without shortcuts from shared weights."""
     say(f"loss surfaces of {len(subjects)} networks, {settings.grid} x {settings.grid} points each")
     having = evidence.roles.with_shortcuts
     networks = {
@@ -270,7 +273,7 @@ def measure_surfaces(
     questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
     if having in evidence.found:
         questions["paired"] = with_and_removed
-    # Untrained, the twin from which the shortcuts were removed has shared weights already.
+    # Without training, the twin with removed shortcuts still has the weights of the original.
     removed = evidence.twins[evidence.roles.without_shortcuts].meaning == "removed"
     is_paired = evidence.training is None and removed and len(networks) == 2
     for name, question in questions.items():
@@ -283,11 +286,12 @@ def measure_surfaces(
 
 
 def measure_importance(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
-    """Which shortcuts matter, on the network that has them."""
+    """Rank the shortcuts of the network with shortcuts by importance."""
     having = evidence.roles.with_shortcuts
     if having not in subjects or having not in evidence.found:
         return
-    count = 3 * len(evidence.found[having])  # two edits, and what reading them costs
+    # Two edits per shortcut, and about as long as one edit for measuring them.
+    count = 3 * len(evidence.found[having])
     if clock.fits("importance", lambda: count * seconds_a_step(subjects[having], None)):
         model = private_copy(subjects[having].model, "compare")
         set_mode(model, False)

@@ -1,8 +1,7 @@
-"""The Hessian or Gauss-Newton matrix of a loss over data, as something to multiply with.
+"""The Hessian or Gauss-Newton matrix of a loss over data, as a linear operator.
 
 The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in
-float64. The first product on the first batch tries the modes from the cheapest on; the one that runs is
-reported.
+float64. The modes are tried on the first batch, the cheapest first; the mode that is used is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class How:
-    """Which matrix, and how it is multiplied with; each as in :func:`curvature_operator`."""
+    """Options of :func:`curvature_operator`."""
 
     matrix: Matrix = "hessian"
     parameters: Selection = None
@@ -48,19 +47,19 @@ class How:
 
 
 class CurvatureOperator:
-    """The matrix of second derivatives of a loss, known by its products.
+    """Matrix of second derivatives of a loss, known only through matrix-vector products.
 
-    Made by :func:`curvature_operator`, which returns a ``scipy.sparse.linalg.LinearOperator`` too. It keeps a
-    copy of the model as it was then.
+    Created by :func:`curvature_operator`, whose result is also a ``scipy.sparse.linalg.LinearOperator``.
+    Keeps a copy of the model as it was at that time.
 
     Attributes:
         dtype: float64.
-        shape: ``(n, n)``, n the number of parameters chosen.
+        shape: ``(n, n)`` for n chosen parameters.
         matrix: "hessian" or "gauss_newton".
-        layout: how a vector ``[n]`` is cut into parameters.
-        products: vectors multiplied so far, the trial of the modes included.
-        tried: for each mode that was refused, why.
-        held_bytes: memory that kept graphs take.
+        layout: names and shapes of the parameters in a vector ``[n]``.
+        products: vectors multiplied so far, including the trial of the modes.
+        tried: each rejected mode with the reason.
+        held_bytes: memory of the kept graphs.
 
     Example:
         >>> import torch, skipscope as ss
@@ -81,13 +80,15 @@ class CurvatureOperator:
     ):
         self.model, self.data, self.matrix = model, data, matrix
         self.layout: Layout = model.layout
-        self.products = 1  # the trial
+        # The trial of the modes counts as one product.
+        self.products = 1
         self.held_bytes = 0
         self._memory, self._held = memory, {}
         self._shares = self._count_shares()
         index, batch = self._first_batch()
         self.dtype, self.shape = np.dtype(np.float64), (self.layout.size, self.layout.size)
-        model.refuse_hidden_parameters(batch, index)  # and a user's own error comes out as such
+        # An error in the user's own code is raised here, before the trial could report it as a failed mode.
+        model.refuse_hidden_parameters(batch, index)
         trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
         self._product_mode, self.tried = select_mode(model, batch, index, matrix, trial, mode)
 
@@ -95,23 +96,23 @@ class CurvatureOperator:
 
     @property
     def device(self) -> torch.device:
-        """Where products come back."""
+        """Device of the products."""
         return self.model.parameters[0].device
 
     @property
     def basis_device(self) -> torch.device:
-        """Where float64 vectors live: Apple's GPUs have none."""
+        """Device for float64 vectors: the CPU for models on MPS, which has no float64."""
         return self.device if self.device.type != "mps" else torch.device("cpu")
 
     @property
     def precision(self) -> float:
-        """The relative rounding error to expect of a product, at the least."""
+        """Smallest relative rounding error to expect of a product."""
         coarsest = max(torch.finfo(p.dtype).eps for p in self.model.parameters)
         return coarsest ** (2 / 3) if self._product_mode.name == "finite differences" else coarsest
 
     @property
     def method(self) -> str:
-        """The mode that runs."""
+        """Name of the mode in use, with the share of batches whose graph is kept."""
         name, held, total = self._product_mode.name, len(self._held), len(self._shares)
         if not held:
             return name
@@ -123,7 +124,7 @@ class CurvatureOperator:
 
     @public_call("curvature_operator")
     def apply(self, vectors: Tensor) -> Tensor:
-        """The matrix times each row of ``vectors [b, n]``, in float64.
+        """Multiply the matrix with each row of ``vectors [b, n]``, in float64.
 
         Raises:
             SkipscopeError: a product is not finite; the batch is named.
@@ -141,12 +142,13 @@ class CurvatureOperator:
             for row, parts in zip(total, found, strict=True):
                 for piece, part in zip(row.split(sizes), parts, strict=True):
                     piece.add_(part.reshape(-1).to(piece.device), alpha=share)
-            if not math.isfinite(float(total.sum())) and not total.isfinite().all():  # a sum may overflow
+            # The sum is the cheap test, but it may overflow where every entry is finite.
+            if not math.isfinite(float(total.sum())) and not total.isfinite().all():
                 self._refuse_nonfinite(index, batch, found)
         return total
 
     def loss(self) -> float:
-        """The loss over all batches at the present values of the parameters."""
+        """Loss over all batches at the current parameters."""
         total = 0.0
         for index, batch, share in self._batches(held=False):
             total += share * float(self.model.output_and_loss(batch, index)[1].detach().double())
@@ -160,7 +162,7 @@ class CurvatureOperator:
         return self
 
     def move_to(self, values: Mapping[str, Tensor]) -> None:
-        """Measure at other values of the model's parameters, by name (a landscape's next point)."""
+        """Set parameters by name and drop the kept graphs (a landscape's next point)."""
         parameters = dict(self.model.module.named_parameters())
         self.model.move((parameters[name], value) for name, value in values.items())
         self._held.clear()
@@ -169,14 +171,15 @@ class CurvatureOperator:
     # --- batches ---
 
     def _batches(self, held: bool = True) -> Iterator[tuple[int, Batch, float]]:
-        """Every batch that counts, with its number and its share of the mean (or 1 in a sum).
+        """Yield (number, batch, share of the mean) of every batch with a weight; the share is 1 in a sum.
 
-        Where ``held``, a batch whose graph is kept need not be read again and is None.
+        With ``held``, the data are not read if every batch's graph is kept; the batches are then None.
         """
-        if held and len(self._held) == len(self._shares):  # nothing is run again: the data need not be read
+        if held and len(self._held) == len(self._shares):
             yield from ((index, None, share) for index, share in self._shares.items())
             return
-        with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass
+        # A shuffling loader gives the same batches in every pass.
+        with random_state_kept(self.model.seed):
             items = enumerate(self.data, self.data.start)
             while (item := next(items, None)) is not None:
                 if item[0] in self._shares:
@@ -195,14 +198,16 @@ class CurvatureOperator:
         total = sum(self.data.together(sum(weights.values())))
         if not total > 0:
             raise SkipscopeError(
-                self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
-                expected="weights with a positive sum", got=f"a sum of {total}",
+                self.model.operation,
+                "the weights of the batches have no positive sum, so their mean is undefined",
+                expected="weights with a positive sum",
+                got=f"a sum of {total}",
                 cure="check weight=, or the labels that are ignored",
-            )  # fmt: skip
+            )
         return {i: weight / total for i, weight in weights.items() if weight}
 
     def _first_batch(self) -> tuple[int, Batch]:
-        """The first batch that counts: of the first rank, on every rank, so that all choose alike."""
+        """First batch with a weight; on every rank that of rank 0, so that all ranks choose the same mode."""
         if not isinstance(self.data, RankBatches):
             return next((index, batch) for index, batch, _ in self._batches())
         objective: Objective = self.model.objective
@@ -229,7 +234,8 @@ class CurvatureOperator:
 
     def _cut(self, vector: Tensor) -> Tangent:
         parameters = self.model.parameters
-        if len({(p.device, p.dtype) for p in parameters}) == 1:  # once for all
+        # One conversion instead of one per parameter.
+        if len({(p.device, p.dtype) for p in parameters}) == 1:
             vector = vector.to(parameters[0].device, parameters[0].dtype)
         parts = torch.split(vector, [p.numel() for p in parameters])
         return [part.to(p.device, p.dtype).view(p.shape) for part, p in zip(parts, parameters, strict=True)]
@@ -287,23 +293,22 @@ def curvature_operator(
     mode: str | None = None,
     memory: int = _MEMORY,
 ) -> CurvatureOperator:
-    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's
-    data.
+    """Hessian or Gauss-Newton matrix of a loss as a linear operator. Local: this rank's data under DDP.
 
     Args:
-        model: any module; it is copied and left as found.
+        model: any module; it is copied and left unchanged.
         data: one batch, or a re-iterable of batches.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
         matrix: "hessian", or "gauss_newton": the Hessian of the loss with the model replaced by its
             linearisation.
-        parameters: names or patterns (``"layer1.*"``) of what it is taken in; default: all that require a
-            gradient.
-        weight: what a batch counts for in the mean; default: the loss's own normaliser.
+        parameters: names or patterns (``"layer1.*"``) of the parameters to differentiate by; default: all
+            that require a gradient.
+        weight: weight of a batch in the mean; default: the loss's own normaliser.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
-        seed: of random numbers inside the model (dropout), the same in every product.
-        mode: how products are made; default: the first that works of "reverse over reverse", "forward
-            over reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
-        memory: bytes that kept graphs may take; batches beyond it are run again for each product.
+        seed: random seed inside the model (dropout), the same in every product.
+        mode: how products are computed; default: the first that works of "reverse over reverse", "forward
+            over reverse", the two without fused kernels ("math kernels"), and "finite differences".
+        memory: bytes for kept graphs; further batches are run again for each product.
 
     Returns:
         A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and
@@ -326,7 +331,7 @@ def curvature_operator(
 
 @functools.cache
 def _scipy_class() -> type[CurvatureOperator]:
-    """The class that is a ``LinearOperator`` too: scipy's sparse solvers are slow to import."""
+    """Subclass that is also a ``LinearOperator``. Created lazily: scipy.sparse is slow to import."""
     from scipy.sparse.linalg import LinearOperator
 
     class LinearCurvatureOperator(CurvatureOperator, LinearOperator):
@@ -345,7 +350,7 @@ def open_operator(
     how: How,
     kind: type[CurvatureOperator] = CurvatureOperator,
 ) -> CurvatureOperator:
-    """:func:`curvature_operator` in the name of another public call."""
+    """Open an operator as :func:`curvature_operator`, with ``operation`` named in errors."""
     require_option(operation, "matrix", how.matrix, get_args(Matrix))
     require_module(model, operation)
     if not isinstance(data, RankBatches):

@@ -1,4 +1,4 @@
-"""What curvature measurements return: both ends of the spectrum, its density, its trace."""
+"""Results of curvature measurements: extreme eigenvalues, spectral density and trace."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a flat vector over the parameters is cut into tensors.
+    """Names and shapes of the parameters in a flat vector.
 
     Attributes:
         names: the parameters, in the order of the vector.
-        shapes: their shapes.
+        shapes: shape of each parameter.
     """
 
     names: tuple[str, ...]
@@ -33,11 +33,11 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """How many numbers a vector has."""
+        """Length of the flat vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def cut(self, vector: np.ndarray) -> dict[str, Tensor]:
-        """A flat vector ``[size]`` as tensors by parameter name."""
+        """Split a flat vector ``[size]`` into tensors by parameter name."""
         import torch
 
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
@@ -60,21 +60,21 @@ class ExtremeEigenvalues(Result):
         largest_residuals: the same for ``largest``.
         converged: every residual is at most ``tol`` times max |lambda|, and ``probability`` is at least
             ``confidence``.
-        probability: how surely no eigenvalue is farther out than the reported ends by more than the
-            tolerance; the chance is over the random start alone.
-        confidence: the probability asked for.
-        tol: the tolerance asked for, relative to max |lambda|.
+        probability: probability, over the random start, that no eigenvalue lies beyond the reported ends by
+            more than the tolerance.
+        confidence: the requested probability.
+        tol: the requested tolerance, relative to max |lambda|.
         products: matrix-vector products spent.
-        method: the mode of the products that ran, and the solver.
+        method: how products were computed, and the solver.
         matrix: "hessian" or "gauss_newton".
-        parameters: the size of the matrix.
+        parameters: number of parameters, the size of the matrix.
         block: start vectors of a run.
-        noise: an estimate of the products' rounding error, already inside the residuals.
-        asymmetry: the largest |u'Hv - v'Hu| seen, relative to max |lambda|.
-        layout: how an eigenvector is cut into parameters.
-        smallest_vectors: eigenvectors of ``smallest`` ``[k, parameters]``, when asked for.
-        largest_vectors: eigenvectors of ``largest``, when asked for.
-        loss_name: the loss.
+        noise: estimated rounding error of the products, already included in the residuals.
+        asymmetry: largest |u'Hv - v'Hu| seen, relative to max |lambda|.
+        layout: names and shapes of the parameters in an eigenvector.
+        smallest_vectors: eigenvectors of ``smallest`` ``[k, parameters]``, or None if not requested.
+        largest_vectors: eigenvectors of ``largest``, or None if not requested.
+        loss_name: name of the loss.
 
     Example:
         >>> import torch, skipscope as ss
@@ -106,7 +106,7 @@ class ExtremeEigenvalues(Result):
 
     @property
     def residuals(self) -> np.ndarray:
-        """Every residual: those of ``smallest``, then those of ``largest`` ``[2 k]``."""
+        """Residuals of ``smallest``, then of ``largest`` ``[2 k]``."""
         return np.concatenate([self.smallest_residuals, self.largest_residuals])
 
     @property
@@ -116,27 +116,27 @@ class ExtremeEigenvalues(Result):
 
     @property
     def ratio(self) -> float:
-        """|lambda_min / lambda_max|: near 0 where the surface is convex or nearly so; nan for a zero
-        matrix.
-        """
+        """|lambda_min / lambda_max|: near 0 if the surface is almost convex; nan for a zero matrix."""
         return float(abs(self.smallest[0] / self.largest[0])) if self.largest[0] else math.nan
 
     def direction(self, end: End = "largest", index: int = 0) -> dict[str, Tensor]:
-        """An eigenvector as tensors by parameter name: a direction for a landscape.
+        """Eigenvector as tensors by parameter name, usable as a direction of a landscape.
 
         Args:
             end: ``"largest"`` or ``"smallest"``.
             index: which of the k at that end, the outermost first.
 
         Raises:
-            SkipscopeError: the eigenvectors were not asked for, or there is no such one.
+            SkipscopeError: the eigenvectors were not kept, or ``end`` or ``index`` is out of range.
         """
         if end not in ("largest", "smallest") or not 0 <= index < len(self.largest):
             raise SkipscopeError(
-                "direction", "there is no such eigenvector", got=f"end={end!r}, index={index!r}",
+                "direction",
+                "there is no such eigenvector",
+                got=f"end={end!r}, index={index!r}",
                 expected=f'end="largest" or "smallest", index= from 0 to {len(self.largest) - 1}',
                 cure=f'direction("largest", {end})' if isinstance(end, int) else None,
-            )  # fmt: skip
+            )
         vectors = self.smallest_vectors if end == "smallest" else self.largest_vectors
         if vectors is None:
             raise SkipscopeError(
@@ -145,7 +145,7 @@ class ExtremeEigenvalues(Result):
         return self.layout.cut(vectors[index])
 
     def table(self) -> Table:
-        """Each eigenvalue with its bound."""
+        """Table of the eigenvalues with their bounds."""
         rows = [
             [
                 f"{end} {i + 1}" if len(self.largest) > 1 else end,
@@ -186,26 +186,26 @@ class SpectralDensity(Result):
     """The distribution of a matrix's eigenvalues, by stochastic Lanczos quadrature.
 
     Attributes:
-        grid: where the density is given ``[points]``.
-        density: eigenvalues per unit of lambda, over their number: it integrates to 1 ``[points]``.
-        low, high: a 95 % band over probes ``[points]``.
-        bandwidth: the standard deviation of the Gaussian each node is widened by.
-        nodes: Ritz values of each probe ``[probes, steps]`` (nan where a probe ended early).
-        weights: the share of eigenvalues each stands for ``[probes, steps]``.
-        negative_share: the share of eigenvalues below ``-cut``.
-        negative_share_stderr: its standard error over probes, and what half the steps would change.
-        negative_mass: the sum of |lambda| over negative eigenvalues, over the sum over all.
-        negative_mass_stderr: its standard error over probes, and what half the steps would change.
-        trace: the sum of the eigenvalues.
-        trace_stderr: its standard error over probes.
-        cut: below this |lambda| counts as zero.
+        grid: values of lambda at which the density is given ``[points]``.
+        density: probability density of the eigenvalues; integrates to 1 ``[points]``.
+        low, high: 95 % band over probes ``[points]``.
+        bandwidth: standard deviation of the Gaussian that widens each node.
+        nodes: Ritz values of each probe ``[probes, steps]``; nan after a probe that ended early.
+        weights: share of eigenvalues that each node represents ``[probes, steps]``.
+        negative_share: share of eigenvalues below ``-cut``.
+        negative_share_stderr: standard error over probes, combined with the change from half the steps.
+        negative_mass: sum of |lambda| over negative eigenvalues, divided by the sum over all.
+        negative_mass_stderr: standard error over probes, combined with the change from half the steps.
+        trace: sum of the eigenvalues.
+        trace_stderr: standard error over probes.
+        cut: |lambda| below which an eigenvalue counts as zero.
         products: matrix-vector products spent.
-        method: the mode of the products that ran.
+        method: how products were computed.
         matrix: "hessian" or "gauss_newton".
-        parameters: the size of the matrix.
-        loss_name: the loss.
+        parameters: number of parameters, the size of the matrix.
+        loss_name: name of the loss.
         half_nodes: nodes at half the steps, for the errors ``[probes, steps]``.
-        half_weights: their weights.
+        half_weights: weights of ``half_nodes``.
 
     Example:
         >>> import torch, skipscope as ss
@@ -238,8 +238,9 @@ class SpectralDensity(Result):
     half_weights: np.ndarray | None = None
 
     def effective_dimension(self, ridge: float) -> tuple[float, float]:
-        """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard
-        error.
+        """Effective dimension, the sum of lambda+ / (lambda+ + ridge), and its standard error.
+
+        The sum is over all eigenvalues; lambda+ is max(lambda, 0).
 
         Args:
             ridge: the curvature at which a direction counts half, e.g. the weight decay times the samples.
@@ -262,7 +263,7 @@ class SpectralDensity(Result):
         return float(probes.mean()), error_of(probes, of(self.half_nodes, self.half_weights))
 
     def table(self) -> Table:
-        """The spectrum in numbers."""
+        """Table of the spectrum's ends, trace and negative shares."""
         rows = [
             ["smallest node", short(float(np.nanmin(self.nodes))), ""],
             ["largest node", short(float(np.nanmax(self.nodes))), ""],
@@ -299,16 +300,16 @@ class SpectralDensity(Result):
 
 @dataclass(frozen=True, eq=False)
 class TraceEstimate(Result):
-    """A matrix's trace from random probes.
+    """Trace of a matrix, estimated from random probes.
 
     Attributes:
         value: the estimate.
-        stderr: its standard error over probes; 0 when the whole space was covered.
-        probes: random probes.
+        stderr: standard error over probes; 0 if the probes span the whole space.
+        probes: number of random probes.
         products: matrix-vector products spent.
-        method: "hutchinson" or "hutch++", and the mode of the products that ran.
+        method: "hutchinson" or "hutch++", and how products were computed.
         matrix: "hessian" or "gauss_newton".
-        parameters: the size of the matrix.
+        parameters: number of parameters, the size of the matrix.
 
     Example:
         >>> import torch, skipscope as ss
@@ -327,7 +328,7 @@ class TraceEstimate(Result):
     parameters: int
 
     def table(self) -> Table:
-        """The trace and its error."""
+        """Table of the trace and its standard error."""
         return Table(
             f"Trace of the {_MATRICES[self.matrix]}",
             ["trace", "standard error"],
@@ -340,12 +341,12 @@ class TraceEstimate(Result):
 
 
 def error_of(values: np.ndarray, at_half: np.ndarray) -> float:
-    """The standard error of a mean over probes, and how much it still changes when the resolution doubles."""
+    """Standard error of a mean over probes, combined with the mean's change when the steps double."""
     return math.hypot(stderr_of(values), float(values.mean() - at_half.mean()))
 
 
 def stderr_of(values: np.ndarray) -> float:
-    """The standard error of a mean; nan for one value."""
+    """Standard error of a mean; nan for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

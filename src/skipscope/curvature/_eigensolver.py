@@ -1,10 +1,9 @@
-"""The k smallest and the k largest eigenvalues of a symmetric matrix known by products; nothing about
-networks.
+"""The k smallest and k largest eigenvalues of a symmetric matrix, from matrix-vector products alone.
 
-The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1
-further runs follow in what is orthogonal to the eigenvectors found: until one shows that nothing there is
-beyond the k-th. By Weyl's theorem the matrix's eigenvalues, each counted as often as it occurs, then lie
-within the residuals of those found.
+The first run starts from a random block. A block of b vectors cannot show more than b copies of a multiple
+eigenvalue, so for k > 1 further runs follow in the orthogonal complement of the eigenvectors found, until a
+run shows that nothing there lies beyond the k-th. By Weyl's theorem the matrix's eigenvalues, counted with
+multiplicity, then lie within the residuals of the computed ones.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 from skipscope.curvature._vector_memory import require_vectors
 
 _BASIS_BYTES = 1 << 30
-_BESIDE = 4  # vectors that a product and an orthogonalisation hold beside the basis
-_SHAKE = 2.0  # the random part of a start near known vectors, against unit vectors
+# Vectors that a product and an orthogonalisation hold in addition to the basis.
+_BESIDE = 4
+# Norm of the random part of a warm start, relative to the unit vectors it is added to.
+_SHAKE = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class SolverOptions:
     Attributes:
         k: eigenvalues at each end.
         tol: largest residual, relative to max |lambda|.
-        confidence: the probability that nothing is farther out.
+        confidence: required probability that no eigenvalue lies beyond the ends by more than ``margin``.
         block: start vectors of a run.
         basis: vectors kept before a thick restart; None: as many as 1 GiB holds, at most 300.
-        max_products: after these it stops, converged or not.
-        seed: of the start vectors.
-        margin: how much farther out is meant by that, relative to max |lambda|; None: the tolerance.
-        precision: relative rounding error of the products, where it is known beforehand (float32: 1.2e-7).
-        screening: a lesser (confidence, margin), at which the ends are noted in passing; for k = 1.
+        max_products: matrix-vector products after which the solver stops, converged or not.
+        seed: random seed of the start vectors.
+        margin: relative to max |lambda|; None: the tolerance.
+        precision: relative rounding error of the products, if known (float32: 1.2e-7).
+        screening: weaker (confidence, margin), at which the ends are recorded on the way; for k = 1.
     """
 
     k: int = 1
@@ -57,19 +58,19 @@ class SolverOptions:
 
 @dataclass
 class Ends:
-    """What was found.
+    """Extreme eigenvalues found so far.
 
     Attributes:
-        values: of every vector found ``[p]``.
-        residuals: their bounds ``[p]``.
-        vectors: ``[p, n]``, orthonormal.
-        miss_probability: at most this is the chance that something farther out was not seen.
-        converged: residuals and probability are as asked.
+        values: Ritz values ``[p]``.
+        residuals: error bounds of the values ``[p]``.
+        vectors: orthonormal Ritz vectors ``[p, n]``.
+        miss_probability: upper bound on the probability that an eigenvalue farther out was missed.
+        converged: whether residuals and probability meet the options.
         products: matrix-vector products spent.
         scale: max |lambda|.
-        noise: the products' rounding error, estimated.
-        asymmetry: the largest |u'Av - v'Au| seen.
-        screened: both ends once the screening was reached, or None.
+        noise: estimated rounding error of the products.
+        asymmetry: largest |u'Av - v'Au| seen.
+        screened: both ends at the moment the screening was reached, or None.
     """
 
     values: np.ndarray
@@ -98,24 +99,24 @@ def find_ends(
     device: torch.device | str = "cpu",
     near: Tensor | None = None,
 ) -> Ends:
-    """Both ends of the spectrum; see the module's text.
+    """Compute both ends of the spectrum; see the module docstring.
 
-    A run may start near eigenvectors that were found close by (``near``): it then needs fewer products for
-    the same residuals. The probability stays a bound, for the start has a random part and what is added to
-    that cannot make a direction less likely to be seen (Anderson 1955); but as it is a part only, the bound
-    is weaker.
+    A warm start from eigenvectors of a similar matrix (``near``) needs fewer products for the same residuals.
+    The probability stays a bound: the start keeps a random part, and adding a fixed vector to it cannot make
+    a direction less likely to be seen (Anderson 1955). As the random part is smaller, the bound is weaker.
 
     Args:
-        product: the matrix times rows ``[b, size]``, float64.
-        size: n.
-        options: what is asked for.
-        device: where the vectors live.
-        near: guesses ``[p, size]``, unit rows, for k = 1.
+        product: multiplies the matrix with rows ``[b, size]`` in float64.
+        size: dimension n of the matrix.
+        options: solver options.
+        device: device of the vectors.
+        near: approximate eigenvectors ``[p, size]`` of unit norm, for k = 1.
     """
     found = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, size, dtype=torch.float64, device=device))
     draw, allowed = gaussian_blocks(size, options.seed, device), 1.0 - options.confidence
     while True:
-        if options.k > 1:  # all runs together may miss no more than was allowed
+        # The miss probabilities of all runs add up; halving keeps their sum below the allowed total.
+        if options.k > 1:
             allowed /= 2
         run = _deflated(product, size, found.vectors, draw, options, near)
         search = _Search(run, found, options, allowed, near)
@@ -129,7 +130,7 @@ def find_ends(
 def _deflated(
     product: Product, size: int, known: Tensor, draw: Draw, options: SolverOptions, near: Tensor | None
 ) -> Krylov:
-    """A run in the space orthogonal to the vectors ``known [p, n]``."""
+    """Start a run in the space orthogonal to the vectors ``known [p, n]``."""
     left = size - known.shape[0]
     block = min(options.block, left)
     room = min(_rows(size, options), left)
@@ -143,24 +144,24 @@ def _deflated(
 
 
 def _rows(size: int, options: SolverOptions) -> int:
-    """Vectors of the basis."""
-    few, usual = _fewest(options), 4 * options.k + 4 * options.block + 20
+    """Number of basis vectors."""
+    few, usual = _minimal_basis(options), 4 * options.k + 4 * options.block + 20
     return max(few, options.basis or int(np.clip(_BASIS_BYTES / (8 * size), usual, 300)))
 
 
-def _fewest(options: SolverOptions) -> int:
+def _minimal_basis(options: SolverOptions) -> int:
     return 2 * options.k + 3 * options.block + 2
 
 
 def require_memory(operation: str, size: int, options: SolverOptions, device: torch.device) -> None:
-    """Print what the basis takes, and refuse one that does not fit into free memory, before it is taken.
+    """Print the memory that the basis needs, and refuse a basis that does not fit, before allocating it.
 
     Raises:
-        SkipscopeError: with the ``basis=`` that fits.
+        SkipscopeError: the basis does not fit; the cure names the ``basis=`` that does.
     """
 
     def cure(fitting: int) -> str | None:
-        if fitting < _fewest(options):
+        if fitting < _minimal_basis(options):
             return None
         return f"basis={fitting}; it restarts more often, and needs more products"
 
@@ -174,19 +175,18 @@ def _joined(known: Tensor, found: Tensor) -> Tensor:
 
 @dataclass
 class _Search:
-    """One run, until it has found what there is beyond what is known, or shown that there is nothing.
+    """One Lanczos run for the eigenvalues beyond those known, until all are found or shown to be absent.
 
     Attributes:
-        run: the run.
-        known: what earlier runs found.
-        options: what is asked for.
-        allowed: the largest probability of missing one.
-        near: what the run started near, if anything.
-        wanted: indices of this run's part of the answer.
-        miss_probability: at most this is the chance that something farther out was not seen.
-        patience: steps until the next look at what there is.
-        last: what was looked at last (how far off in decades, at how many products); falling in a straight
-            line.
+        run: the Lanczos run.
+        known: results of earlier runs.
+        options: solver options.
+        allowed: largest allowed probability of missing an eigenvalue.
+        near: vectors of the warm start, if any.
+        wanted: indices of the Ritz values that belong to the result.
+        miss_probability: upper bound on the probability that an eigenvalue farther out was missed.
+        patience: steps until the next convergence check.
+        last: (distance to the limit in decades, products) at the last check; assumed to fall linearly.
     """
 
     run: Krylov
@@ -201,18 +201,18 @@ class _Search:
     screened: np.ndarray | None = None
 
     def finish(self) -> bool:
-        """Step until done (True) or until the products are spent or cannot do better (False)."""
+        """Run to convergence. Returns False if the products are spent or too inaccurate."""
         run, width = self.run, self.run.width
         for _ in track(self._steps(), "ends of the spectrum"):
             run.step()
             self.patience -= 1
             if self.patience < 0 or run.exhausted or run.invariant:
-                done = self._judge(width)
-                if done is not None:
-                    return done
+                converged = self._check(width)
+                if converged is not None:
+                    return converged
             if run.filled + run.width > run.room:
                 run.restart(_worth_keeping(run.filled, self.options.k, width))
-        return bool(self._judge(width))
+        return bool(self._check(width))
 
     def _steps(self) -> Iterator[int]:
         spent, step = self.known.products, 0
@@ -222,15 +222,15 @@ class _Search:
 
     @property
     def _count(self) -> int:
-        """How many eigenvalues there would be, at most k of which are asked for."""
+        """Number of eigenvalues available so far."""
         return len(self.known.values) + self.run.filled
 
-    def _judge(self, width: int) -> bool | None:
+    def _check(self, width: int) -> bool | None:
         run, options = self.run, self.options
         values, _, residuals = run.ritz()
         self.wanted = self._wanted(values)
         limit = options.tol * max(self.known.scale, abs(values[0]), abs(values[-1]))
-        # What these are off by is added to those of the runs that follow: leave room for it.
+        # The first run's errors add to those of later runs, so it must meet a tighter limit.
         share = 1 + options.k**0.5 if options.k > 1 and not len(self.known.values) else 1
         within = residuals[self.wanted] - run.noise <= limit / share
         if not run.exhausted:
@@ -249,26 +249,25 @@ class _Search:
             if limit and self.miss_probability > self.allowed:
                 self._wait(self.miss_probability, self.allowed)
                 return None
-        if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
+        # If all Ritz values are zero, from a random start, the matrix is zero.
+        if run.exhausted or not limit:
             self.miss_probability = 0.0
         return bool((residuals[self.wanted] <= limit).all())
 
     def _unseen(self, values: np.ndarray, width: int, margin: float) -> float:
-        """At most this is the chance that something is farther out than what is known by ``margin`` of
-        max |lambda|.
-        """
+        """Bound the probability of an eigenvalue beyond the known ends by ``margin`` of max |lambda|."""
         out = margin * max(self.known.scale, abs(values[0]), abs(values[-1]))
         low, high = self._thresholds(values)
-        # A random part of this size in the start: the rest of it can only hide what it would have shown.
+        # The fixed part of a warm start dilutes the random part that the bound rests on.
         diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
         return min(chance_unseen(self.run, [low - out, high + out], width, diluted), 1.0)
 
     def _wait(self, size: float, limit: float) -> None:
-        """Before the next look take half the steps that are missing, if the size continues to fall as it has
-        since the last.
+        """Schedule the next convergence check after half of the estimated remaining steps.
 
-        A look costs as much as many products of a small network; half, for it may fall faster. A run that
-        started near its end is there after a few products, and looks at each.
+        A check costs as much as many products of a small network. The estimate extrapolates the decay since
+        the last check; half of it is taken because the decay may accelerate. A warm start converges within a
+        few products and is checked at each.
         """
         if self.near is not None:
             return
@@ -280,14 +279,14 @@ class _Search:
         self.patience = int(np.clip(missing / 2, 1, 10)) - 1
 
     def _thresholds(self, values: np.ndarray) -> tuple[float, float]:
-        """Beyond these nothing may be: the k-th known at each end, or this run's own ends if farther out."""
+        """Values beyond which no eigenvalue may lie: the k-th known, or this run's ends if farther out."""
         if not len(self.known.values):
             return values[0], values[-1]
         low, high = self.known.values[self.known.order(self.options.k)[:, -1]]
         return min(values[0], low), max(values[-1], high)
 
     def _wanted(self, values: np.ndarray) -> np.ndarray:
-        """Indices of the Ritz values that belong to the k outermost at an end, those known counted."""
+        """Indices of the Ritz values among the k outermost of an end, counting those already known."""
         k, count = self.options.k, len(values)
         if not len(self.known.values):
             return np.r_[:k, count - k : count] if count > 2 * k else np.arange(count)
@@ -299,7 +298,7 @@ class _Search:
         return np.flatnonzero((values < low - margin) | (values > high + margin))
 
     def harvest(self) -> Ends:
-        """Everything known after this run."""
+        """Merge this run's results into the known ones."""
         run, known = self.run, self.known
         values, coordinates, residuals = run.ritz()
         return Ends(
@@ -316,6 +315,6 @@ class _Search:
 
 
 def _worth_keeping(filled: int, k: int, block: int) -> np.ndarray:
-    """Indices kept at a thick restart: the wanted ends, and as much beside them as leaves half the room."""
+    """Indices kept at a thick restart: at each end the k wanted and about a fifth of the basis."""
     each = min(k + max(2 * block, filled // 5), (filled - block) // 2)
     return np.r_[0:each, filled - each : filled]

@@ -1,6 +1,4 @@
-"""Both ends of the spectrum from one Lanczos run, with bounds, and with the probability that they are the
-ends.
-"""
+"""Both ends of the spectrum from one Lanczos run, with bounds and the probability that they are the ends."""
 
 from __future__ import annotations
 
@@ -47,35 +45,33 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The smallest and the largest eigenvalues of a loss's Hessian, each with a bound. Local under DDP.
 
-    Collective under FSDP2 (``fully_shard``), which has no second derivative: each rank takes a plain copy of
-    the whole weights, with their gradient and a product, and multiplies on its own batches; rank 0 alone
-    holds the basis. The result is the same on every rank.
+    Collective under FSDP2 (``fully_shard``), which has no second derivative: each rank holds a plain copy of
+    all weights, their gradient and a product, and multiplies on its own batches; only rank 0 holds the basis.
+    The result is the same on every rank.
 
-    One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are
-    told apart: the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how
-    surely no eigenvalue is farther out (see ``_certificate``: it holds for every matrix, over the random
-    start); ``converged`` is both.
+    One Lanczos run gives both ends: float64 basis, full re-orthogonalisation, thick restart. A *residual*
+    bounds the distance of a value to an eigenvalue. The *probability*, over the random start, that no
+    eigenvalue lies farther out holds for every matrix (see ``_certificate``). ``converged`` requires both.
 
     Args:
-        model: any module; left as found.
-        data: one batch, or a re-iterable of batches, averaged as the loss does. Under FSDP2 those of all
-            ranks together, read once and kept; the same ones on every rank, in one order, count once.
+        model: any module; left unchanged.
+        data: one batch, or a re-iterable of batches, averaged as the loss does. Under FSDP2 the batches of
+            all ranks together, read once and kept; identical batches on every rank, in one order, count once.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
         k: eigenvalues wanted at each end.
         tol: largest residual, relative to max |lambda|.
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
         vectors: keep the eigenvectors, as directions for a landscape (``.direction("largest")``).
-        block: start vectors of a run; for k > 1 and eigenvalues that occur several times, more find them
-            sooner.
-        confidence: the probability wanted; 0 asks for the residuals alone.
-        max_products: after these it stops, converged or not.
+        block: start vectors of a run; for k > 1, more of them find multiple eigenvalues sooner.
+        confidence: required probability; 0 requires the residuals only.
+        max_products: matrix-vector products after which the solver stops, converged or not.
         basis: vectors kept before a thick restart, in float64; default: as many as 1 GiB holds, from ``4 k +
-            4 block + 20`` to 300. At its peak the call holds at most 1.3 times that; what does not fit into
-            the free memory is refused with the ``basis`` that does.
-        weight: what a batch counts for in the mean.
+            4 block + 20`` to 300. The peak is at most 1.3 times that. A basis that does not fit into free
+            memory is refused, and the error names the ``basis`` that fits.
+        weight: weight of a batch in the mean.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
-        seed: of the start vector, and of random numbers inside the model.
+        seed: random seed of the start vector and inside the model.
         mode: as in :func:`curvature_operator`.
 
     Raises:
@@ -108,8 +104,9 @@ def _lost_rank() -> SkipscopeError:
     return SkipscopeError(
         "extreme_eigenvalues",
         "another rank was lost, or did not answer: all ranks make each product together",
-        expected="every rank until the end", cure="start it again: it begins from the first product",
-    )  # fmt: skip
+        expected="every rank until the end",
+        cure="start it again: it begins from the first product",
+    )
 
 
 def ends_of(
@@ -119,7 +116,7 @@ def ends_of(
     vectors: bool = False,
     operation: str = "extreme_eigenvalues",
 ) -> ExtremeEigenvalues:
-    """:func:`extreme_eigenvalues` of an operator that is at hand."""
+    """Compute :func:`extreme_eigenvalues` of an existing operator."""
     size, k = operator.shape[0], options.k
     count = "a whole number, at least 1"
     for name, holds, expected in (

@@ -1,8 +1,8 @@
-"""Strategies that multiply a batch's Gauss-Newton matrix with a vector, as in ``_product_modes``.
+"""Modes of multiplying a batch's Gauss-Newton matrix with a vector.
 
 With f the model's outputs, l the loss as a function of them and J = df/dp, the matrix is J' (d2l/df2) J
-(Schraudolph 2002): the Hessian of the loss of the linearised model. ``J v`` has three
-methods, the rest in reverse mode.
+(Schraudolph 2002): the Hessian of the loss of the linearised model. The modes differ in how they compute
+``J v``; the rest runs in reverse mode.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from skipscope.curvature._private_model import PrivateModel
 
 @dataclass(frozen=True)
 class _Linearised:
-    """A batch's outputs with their graph, and the loss's second derivative in them."""
+    """A batch's outputs with their graph, and the loss's gradient by them with its graph."""
 
     model: PrivateModel
     batch: Batch
     index: int
-    positions: list[int]  # of the outputs that the loss reads, among all tensors of the output
+    # Which of the output's tensors the loss reads.
+    positions: list[int]
     outputs: list[Tensor]
     leaves: list[Tensor]
     loss_gradient: list[Tensor]
 
     def pull_back(self, changes: list[Tensor]) -> Tangent:
-        """``J' (d2l/df2) changes``."""
+        """Compute ``J' (d2l/df2) changes``."""
         live = [i for i, g in enumerate(self.loss_gradient) if g.requires_grad]
         if not live:
             return [torch.zeros_like(p) for p in self.model.parameters]
@@ -46,10 +47,12 @@ def _linearise(model: PrivateModel, batch: Batch, index: int) -> _Linearised:
     from_output = model.objective.from_output
     if from_output is None:
         raise SkipscopeError(
-            model.operation, "the Gauss-Newton matrix needs the loss as a function of the model's output",
-            expected="loss(output, target)", got=f"the objective {model.objective.name!r} of model and batch",
+            model.operation,
+            "the Gauss-Newton matrix needs the loss as a function of the model's output",
+            expected="loss(output, target)",
+            got=f"the objective {model.objective.name!r} of model and batch",
             cure='pass loss(output, target), or use matrix="hessian"',
-        )  # fmt: skip
+        )
     output, _ = model.output_and_loss(batch, index, output=True)
     every = tensors_in(output)
     leaves = {i: t.detach().requires_grad_() for i, t in enumerate(every) if t.requires_grad}
@@ -83,14 +86,14 @@ def _linearise(model: PrivateModel, batch: Batch, index: int) -> _Linearised:
 
 
 class GaussNewtonReverse:
-    """``J v`` as the derivative of ``u -> J' u``, which is linear in u: reverse mode only."""
+    """``J v`` in reverse mode only, as the derivative of ``u -> J' u``, which is linear in u."""
 
     name = "reverse over reverse"
 
     def prepare(
         self, model: PrivateModel, batch: Batch, index: int
     ) -> tuple[_Linearised, list[Tensor], Tangent]:
-        """The linearised batch and the graph of ``J' u``."""
+        """Linearise the batch and build the graph of ``J' u``."""
         linear = _linearise(model, batch, index)
         probes = [torch.zeros_like(t, requires_grad=True) for t in linear.outputs]
         pulled = torch.autograd.grad(
@@ -105,7 +108,7 @@ class GaussNewtonReverse:
     def product(
         self, prepared: tuple[_Linearised, list[Tensor], Tangent], tangents: list[Tangent]
     ) -> list[Tangent]:
-        """Three backward passes a tangent, one of them through the loss alone."""
+        """Run three backward passes per tangent, one of them through the loss only."""
         linear, probes, pulled = prepared
         live = [i for i, g in enumerate(pulled) if g.requires_grad]
         return [
@@ -120,11 +123,11 @@ class GaussNewtonForward:
     name = "forward over reverse"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> _Linearised:
-        """The linearised batch."""
+        """Linearise the batch."""
         return _linearise(model, batch, index)
 
     def product(self, prepared: _Linearised, tangents: list[Tangent]) -> list[Tangent]:
-        """One forward and one backward pass a tangent."""
+        """Run one forward and one backward pass per tangent."""
         model, point = prepared.model, tuple(p.detach() for p in prepared.model.parameters)
 
         def along(*tangent: Tensor) -> tuple[Tensor, ...]:
@@ -136,10 +139,10 @@ class GaussNewtonForward:
 
 
 class GaussNewtonDifferences(Differences):
-    """``J v`` as the difference of two outputs."""
+    """``J v`` as the central difference of two outputs."""
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
-        """Two forward passes a tangent, and a linearisation for the way back."""
+        """Run two forward passes per tangent, then linearise once for the products with ``J'``."""
         model, batch, index = prepared
         positions = _linearise(*prepared).positions
 
@@ -166,7 +169,7 @@ def _outputs_at(linear: _Linearised, values: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def _rebuilt(value: Any, swap: dict[int, Tensor]) -> Any:
-    """The same nest with tensors exchanged, of the same types (a Hugging Face output stays one)."""
+    """Replace tensors inside nested containers, keeping the container types (Hugging Face outputs too)."""
     if isinstance(value, Tensor):
         return swap.get(id(value), value)
     if isinstance(value, Mapping):

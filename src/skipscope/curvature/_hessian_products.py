@@ -2,12 +2,11 @@
 
 With p the parameters, L the loss of a batch and g = dL/dp:
 
-    H v = d(g . v)/dp                             reverse over reverse: the gradient's graph, kept, run
-    backward
-        = d g(p + t v)/dt                         forward over reverse
-        = (g(p + h v) - g(p - h v)) / 2h          finite differences
+    H v = d(g . v)/dp                       reverse over reverse: the gradient's graph, kept, run backward
+        = d g(p + t v)/dt                   forward over reverse
+        = (g(p + h v) - g(p - h v)) / 2h    finite differences
 
-(Pearlmutter 1994.) A candidate's ``prepare`` does what does not depend on v, once; ``product`` the rest.
+(Pearlmutter 1994.) ``Mode.prepare`` does once what does not depend on v; ``Mode.product`` does the rest.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from skipscope._data import Batch
 from skipscope.curvature._private_model import PrivateModel, gradients_of, in_double
 from skipscope.curvature._smooth_activations import SharedDerivatives
 
-Tangent = list[Tensor]  # one tensor a parameter
+# One tensor per parameter.
+Tangent = list[Tensor]
 
 
 class Mode(Protocol):
-    """Computes products for one batch."""
+    """Strategy for multiplying one batch's matrix with vectors."""
 
     name: str
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> Any:
-        """What every product on this batch needs, at the model's present parameters."""
+        """Precompute what all products on this batch share, at the model's current parameters."""
         ...
 
     def product(self, prepared: Any, tangents: list[Tangent]) -> list[Tangent]:
-        """The batch's matrix times each tangent."""
+        """Multiply the batch's matrix with each tangent."""
         ...
 
 
-# --- Hessian
-# --------------------------------------------------------------------------------------------------------
+# --- Hessian ---
 
 
 @dataclass(frozen=True)
@@ -52,45 +51,45 @@ class _Graph:
 
 
 class ReverseOverReverse:
-    """The gradient with its graph, which each product runs backward once more.
+    """Keep the gradient's graph and run it backward once per product.
 
-    A layer's gradient takes 3 matrix products and its Hessian product 6 (the first layer's 2 and 2), so a
-    product costs at most about twice a gradient where these are all the work.
+    A layer's gradient takes 3 matrix products and its Hessian product 6 (2 and 2 for the first layer), so a
+    product costs at most about twice a gradient if matrix products dominate.
     """
 
     name = "reverse over reverse"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> _Graph:
-        """The gradient and its graph."""
+        """Compute the gradient and keep its graph."""
         try:
             with SharedDerivatives():
                 _, loss = model.output_and_loss(batch, index)
-        except RuntimeError:  # torch.func inside the loss does not take functions of our own
+        except RuntimeError:
+            # torch.func inside the loss does not accept custom autograd functions.
             _, loss = model.output_and_loss(batch, index)
         return _Graph(model.parameters, gradients_of(loss, model.parameters, create_graph=True))
 
     def product(self, prepared: _Graph, tangents: list[Tangent]) -> list[Tangent]:
-        """One backward pass through the gradient's graph a tangent."""
+        """Run one backward pass through the gradient's graph per tangent."""
         live = [i for i, g in enumerate(prepared.gradients) if g.requires_grad]
-        if not live:  # the loss is linear in every parameter
+        # Without a graph the loss is linear in every parameter.
+        if not live:
             return [[torch.zeros_like(p) for p in prepared.parameters] for _ in tangents]
         outputs = [prepared.gradients[i] for i in live]
         return [backward(outputs, prepared.parameters, [tangent[i] for i in live]) for tangent in tangents]
 
 
 class ForwardOverReverse:
-    """The derivative of the gradient along v in forward mode; several vectors at once under vmap where that
-    works.
-    """
+    """Forward-mode derivative of the gradient along v; under vmap for several vectors, if that works."""
 
     name = "forward over reverse"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """Nothing is kept."""
+        """Return the arguments: nothing is precomputed."""
         return model, batch, index
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
-        """One pass for all tangents, or one a tangent."""
+        """Run one pass for all tangents under vmap, or one pass per tangent."""
         model, batch, index = prepared
         point = tuple(p.detach() for p in model.parameters)
 
@@ -106,24 +105,22 @@ class ForwardOverReverse:
 
 @dataclass(frozen=True)
 class Differences(ABC):
-    """A derivative as the difference of two values: for what cannot be differentiated twice.
+    """Finite differences, for models that cannot be differentiated twice.
 
     Attributes:
-        step: as a part of |p|; default: the best for the precision.
+        step: step size relative to |p|; None: the best for the precision.
     """
 
     step: float | None = None
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64 where they can be run in it; no graph, which moving parameters
-        spoils.
-        """
+        """Convert model and batch to float64 if possible; no graph is kept, because the parameters move."""
         return *(in_double(model, batch, index) or (model, batch)), index
 
     @abstractmethod
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
-        """Two values a tangent."""
+        """Take the central difference of two evaluations per tangent."""
 
     def in_parts(
         self,
@@ -133,18 +130,16 @@ class Differences(ABC):
         tangent: Tangent,
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """``read(i, part)`` of the product with ``tangent``, for each parameter i; for a look, not for a
-        result.
-        """
+        """Apply ``read(i, part)`` to each parameter's part of one product. For checks, not for results."""
         tangent = [t.to(p.dtype) for t, p in zip(tangent, model.parameters, strict=True)]
         return [read(i, part) for i, part in enumerate(self.product((model, batch, index), [tangent])[0])]
 
 
 class FiniteDifferences(Differences):
-    """The difference of two gradients."""
+    """Central differences of gradients."""
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
-        """Two gradients a tangent."""
+        """Compute two gradients per tangent."""
         model, batch, index = prepared
         return [
             difference(model, tangent, lambda: model.gradients(batch, index), self.step)
@@ -159,22 +154,21 @@ class FiniteDifferences(Differences):
         tangent: Tangent,
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """As :meth:`Differences.in_parts`, without ever holding a whole gradient."""
+        """Apply ``read`` as :meth:`Differences.in_parts`, but never hold a whole gradient."""
         return difference(model, tangent, lambda: model.gradient_in_parts(batch, index, read), self.step)
 
 
-# --- shared
-# ---------------------------------------------------------------------------------------------------------
+# --- shared ---
 
 
 def backward(outputs: list[Tensor], inputs: list[Any], seeds: list[Tensor]) -> Tangent:
-    """The pull-back of ``seeds`` from outputs to inputs, the graph kept; zeros where unconnected."""
+    """Vector-Jacobian product of ``seeds``, keeping the graph; zeros for unconnected inputs."""
     found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True)]
 
 
 class _Loss(nn.Module):
-    """A module whose output is the loss, so that functional_call reaches the model's parameters."""
+    """Module that returns the loss, so that functional_call can swap the model's parameters."""
 
     def __init__(self, model: PrivateModel):
         super().__init__()
@@ -190,14 +184,15 @@ def _loss_at(model: PrivateModel, values: tuple[Tensor, ...], batch: Batch) -> T
 
 
 def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> list[list[Tensor]]:
-    """``along`` of every tangent: all at once under vmap where every operation has a batching rule."""
+    """Call ``along`` on every tangent: at once under vmap if every operation has a batching rule."""
     if len(tangents) > 1:
         try:
             stacked = torch.func.vmap(along, randomness="same")(
                 *(torch.stack(parts) for parts in zip(*tangents, strict=True))
             )
             return [[part[i] for part in stacked] for i in range(len(tangents))]
-        except RuntimeError:  # an operation without a batching rule: one by one
+        except RuntimeError:
+            # Some operation has no batching rule.
             pass
     return [list(along(*tangent)) for tangent in tangents]
 
@@ -205,15 +200,13 @@ def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> l
 def difference(
     model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
 ) -> list[Tensor]:
-    """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best
-    step.
-    """
+    """Central difference of ``function()`` along ``tangent``, by default with the optimal step size."""
     parameters = model.parameters
-    here, there = _norm(parameters), _norm(tangent)
-    if there == 0.0:
+    parameter_norm, tangent_norm = _norm(parameters), _norm(tangent)
+    if tangent_norm == 0.0:
         return [torch.zeros_like(t) for t in function()]
-    size = (step or torch.finfo(parameters[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
-    # A copy made for looks alone is moved back by arithmetic, and no second set of weights is held.
+    size = (step or torch.finfo(parameters[0].dtype).eps ** (1 / 3)) * max(1.0, parameter_norm) / tangent_norm
+    # A throwaway copy is moved back by arithmetic, which saves a second set of weights.
     point = None if model.throwaway else [p.detach().clone() for p in parameters]
     try:
         _shift(model, tangent, size)

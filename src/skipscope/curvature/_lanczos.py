@@ -1,18 +1,17 @@
-"""Block Lanczos with a float64 basis, full re-orthogonalisation (again where once is not enough) and thick
-restart.
+"""Block Lanczos with a float64 basis, full re-orthogonalisation and thick restart.
 
-Nothing here is about networks.
+Re-orthogonalisation is repeated where once is not enough. This module knows nothing about networks.
 
-Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V
-[m, n]`` has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
+Notation: ``A [n, n]`` is symmetric and known only by products. The *basis* ``V [m, n]`` has orthonormal rows;
+``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
 
     A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
 
 so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A is
 within that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is
-measured in full, not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other
-formulas than the first steps do, and what should vanish in a symmetric matrix but does not measures the
-rounding error of the products as they come.
+measured in full, not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) uses the same
+formulas as the first steps. Entries that should vanish for a symmetric matrix, but do not, measure the
+rounding error of the products.
 """
 
 from __future__ import annotations
@@ -27,22 +26,25 @@ from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
 Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
-_BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
-_KEPT = 0.5  # what is left of an image, against all of it, where one orthogonalisation has lost nothing
+# A remainder this small relative to the matrix is rounding: the space is invariant.
+_BREAKDOWN = 1e-12
+# If at least this share of a vector's norm is left, one orthogonalisation was enough.
+_KEPT = 0.5
 _EPS = float(np.finfo(float).eps)
-_COLUMNS = 1 << 15  # of the basis that are combined at once
-_SAFETY = 4.0  # on the estimate of the products' rounding error
+# Columns of the basis that are combined at once.
+_COLUMNS = 1 << 15
+# Safety factor on the estimate of the products' rounding error.
+_SAFETY = 4.0
 
 
 @dataclass
 class Step:
-    """One block taken in, for the certificate: its products on the basis, and the step to the next block.
+    """One Lanczos step, recorded for the certificate.
 
     Attributes:
-        measured: ``V A Q'`` ``[m, b]`` with Q already the last rows of V.
-        onward: ``[b', b]``: A's image of Q outside the basis, in the next block. No rows: the space is
-            invariant.
-        dropped: the norm of what was cut off as rounding.
+        measured: ``V A Q'`` ``[m, b]``, with Q already the last rows of V.
+        onward: coordinates ``[b', b]`` of A Q in the next block. No rows if the space is invariant.
+        dropped: norm of the remainder that was cut off as rounding.
     """
 
     measured: np.ndarray
@@ -51,9 +53,7 @@ class Step:
 
     @functools.cached_property
     def backward(self) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b -
-        b']``.
-        """
+        """Right inverse of ``onward`` ``[b, b']``, and its null space ``[b, b - b']``."""
         kept, width = self.onward.shape
         if kept == width:
             return np.linalg.inv(self.onward), np.zeros((width, 0))
@@ -62,24 +62,24 @@ class Step:
 
 @dataclass
 class Restart:
-    """A basis replaced by Ritz vectors: ``kept [m, p]`` holds their coordinates."""
+    """Thick restart, recorded for the certificate: ``kept [m, p]`` are the Ritz vectors' coordinates."""
 
     kept: np.ndarray
 
 
 @dataclass
 class Krylov:
-    """The state of one run; :meth:`step` takes in one block.
+    """State of one Lanczos run; :meth:`step` adds one block to the basis.
 
     Attributes:
-        product: ``A`` on a block of rows.
-        size: n.
-        room: rows the basis may have.
-        draw: gives a random block ``[b, n]``, for the start and after a breakdown.
-        rows: storage: the basis, and the next block behind it.
+        product: multiplies ``A`` with a block of rows.
+        size: dimension n of the searched space.
+        room: maximal number of rows of the basis.
+        draw: draws a random block ``[b, n]``, for the start and after a breakdown.
+        rows: storage for the basis, followed by the next block.
         outside: orthonormal rows ``[p, N]`` that the run stays orthogonal to, so that n = N - p.
-        precision: relative rounding error of the products, where it is known beforehand.
-        history: what happened, for the certificate; ends at the first invariant space.
+        precision: relative rounding error of the products, if known.
+        history: steps and restarts up to the first invariant space, for the certificate.
     """
 
     product: Product
@@ -99,28 +99,30 @@ class Krylov:
 
     def __post_init__(self):
         self.projected = np.zeros((0, 0))
-        self.coupling = np.zeros((0, 0))  # V A Q', as expected by symmetry, [m, b]
-        self.leak = np.zeros((self.outside.shape[0], 0))  # what A V' has outside, cut off: [p, m]
+        # V A Q' [m, b], as symmetry predicts it.
+        self.coupling = np.zeros((0, 0))
+        # The part of A V' in the excluded space [p, m], which is projected out.
+        self.leak = np.zeros((self.outside.shape[0], 0))
         self._lost, self._lost_count, self._dropped = 0.0, 0, 0.0
         self._ritz: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def start(self, block: Tensor) -> None:
-        """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
+        """Start or restart from ``block [b, n]``, orthonormalised and made orthogonal to the basis."""
         self.width = len(self._orthonormal(block, floor=0.0, sure=False)[0])
         self.coupling = np.zeros((self.filled, self.width))
 
     @property
     def exhausted(self) -> bool:
-        """The basis spans the whole space."""
+        """Whether the basis spans the whole space."""
         return self.width == 0
 
     def step(self) -> None:
-        """Take the next block into the basis: as many products as it has rows."""
+        """Add the next block to the basis, at the cost of one product per row."""
         m, b = self.filled, self.width
         image = self.product(self.rows[m : m + b])
         self.products, self._ritz = self.products + b, None
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
-        columns = self._take_out(image)
+        columns = self._orthogonalise(image)
         self._note_rounding(columns[:m] - self.coupling)
         grown = np.zeros((m + b, m + b))
         grown[:m, :m] = self.projected
@@ -129,12 +131,11 @@ class Krylov:
         self.projected, self.filled = grown, m + b
         self._next_block(image, columns)
 
-    def _take_out(self, image: Tensor) -> np.ndarray:
-        """Take what is in the basis (next block included) and outside the run's space out of ``image [b,
-        n]``.
+    def _orthogonalise(self, image: Tensor) -> np.ndarray:
+        """Orthogonalise ``image [b, n]`` in place against the basis, the next block and the outside rows.
 
-        Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik
-        2005), and once where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
+        Returns the removed coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou &
+        Rozloznik 2005), and once where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
         """
         space, outside = self.rows[: self.filled + self.width], self.outside
         self.leak = np.hstack([self.leak, (outside @ image.T).cpu().numpy()])
@@ -160,16 +161,20 @@ class Krylov:
         self.width = len(onward)
         self.coupling = np.zeros((m, self.width))
         self.coupling[m - b :] = onward.T
-        if not self.width and m < self.size:  # invariant: anything else needs a new start
+        # The space is invariant: the rest of the spectrum needs a new start.
+        if not self.width and m < self.size:
             self.invariant = True
             self.start(self.draw(min(b, self.size - m)))
 
     def _orthonormal(self, block: Tensor, floor: float, *, sure: bool) -> tuple[np.ndarray, float]:
-        """Write orthonormal rows for ``block`` behind the basis; the block is overwritten.
+        """Orthonormalise ``block``, in place, and append the rows after the basis.
 
-        Returns its coordinates in these rows, and the norm of what was cut off: what is below ``floor``.
-        Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes
-        much away is not any more.
+        If the block is ``sure`` to be orthogonal to the basis, a row is orthogonalised against the basis
+        again only if the other rows of the block cancel most of it.
+
+        Returns:
+            The block's coordinates in the new rows, and the largest norm among dropped rows. A row is dropped
+            if its norm is at most ``floor``, or if the basis already spans the space.
         """
         m, kept, room = self.filled, 0, self.size - self.filled
         onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
@@ -201,35 +206,26 @@ class Krylov:
 
     @property
     def noise(self) -> float:
-        """An upper estimate of the error of one product: what asymmetry shows, over all coordinates; what was
-        cut off.
-        """
+        """Upper estimate of one product's error, from asymmetry, dropped remainders and precision."""
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
         return _SAFETY * float(seen) + self._dropped + 16 * max(self.precision, _EPS) * self.scale
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals
-        ``[m]``.
-        """
+        """Ritz values ``[m]``, ascending, coordinates of their vectors ``[m, m]``, error bounds ``[m]``."""
         if self._ritz is None:
-            # Not NumPy's: with more than one thread it takes a hundred times as long for matrices of this
-            # size.
+            # Not NumPy's eigh: with several threads it is 100 times slower for matrices of this size.
             values, coordinates = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self.projected)))
             remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
             self._ritz = values, coordinates, np.linalg.norm(remainder, axis=0) + self.noise
         return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
-        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``; the basis is overwritten, and the run is
-        over.
-        """
+        """Ritz vectors ``[p, n]`` from coordinates ``[m, p]``. Overwrites the basis, which ends the run."""
         self._combine(coordinates)
         return self.rows[: coordinates.shape[1]].clone()
 
     def _combine(self, coordinates: np.ndarray) -> None:
-        """Replace the first rows of the basis by Ritz vectors, some columns at a time: no second basis is
-        held.
-        """
+        """Replace the first rows of the basis by Ritz vectors, a few columns at a time to save memory."""
         mix = torch.from_numpy(coordinates.T.copy()).to(self.rows)
         for start in range(0, self.rows.shape[1], _COLUMNS):
             part = self.rows[:, start : start + _COLUMNS]
@@ -241,7 +237,8 @@ class Krylov:
         kept = coordinates[:, chosen]
         ahead = self.rows[self.filled : self.filled + self.width]
         self._combine(kept)
-        for i in range(self.width):  # forward, row by row: fewer rows are kept than there were
+        # Source and target may overlap; copying forward is safe, because the basis has shrunk.
+        for i in range(self.width):
             self.rows[len(chosen) + i] = ahead[i]
         self.filled = len(chosen)
         self.projected = np.diag(values[chosen])
@@ -251,14 +248,12 @@ class Krylov:
 
 
 def own_generator(seed: int) -> torch.Generator:
-    """Random numbers that are nobody else's: data made after ``torch.manual_seed(0)`` would otherwise be our
-    probes.
-    """
+    """Generator with another stream than ``torch.manual_seed(seed)``, which users draw their data from."""
     state = np.random.SeedSequence([seed, *b"skipscope curvature"]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 def gaussian_blocks(size: int, seed: int, device: torch.device | str = "cpu") -> Draw:
-    """A source of random blocks ``[b, n]`` that leaves the global generators alone."""
+    """Function that draws random blocks ``[b, n]`` without touching the global generators."""
     generator = own_generator(seed)
     return lambda rows: torch.randn(rows, size, generator=generator, dtype=torch.float64).to(device)

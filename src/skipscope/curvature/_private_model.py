@@ -1,6 +1,4 @@
-"""A copy of the user's model whose parameters are ours to move and to differentiate, and the loss of a
-batch on it.
-"""
+"""Private copy of the user's model, to move and to differentiate, and a batch's loss on it."""
 
 from __future__ import annotations
 
@@ -27,16 +25,16 @@ Selection = str | Iterable[str] | None
 
 @dataclass
 class PrivateModel:
-    """A model of our own, equal to the user's when it was made.
+    """Copy of the user's model.
 
     Attributes:
-        module: the copy.
-        names: of the chosen parameters.
-        parameters: the chosen parameters, leaves that require a gradient; all others do not.
+        module: the copied module.
+        names: names of the chosen parameters.
+        parameters: the chosen parameters, as leaves that require a gradient; no other parameter does.
         objective: the loss.
-        seed: of the random numbers of the first batch; every pass over a batch draws the same.
-        operation: named in errors.
-        throwaway: a copy made to look at, whose parameters need not come back to the last bit after a move.
+        seed: random seed of the first batch; every pass over a batch draws the same numbers.
+        operation: public call named in errors.
+        throwaway: whether the parameters may differ by rounding after a move forth and back.
     """
 
     module: nn.Module
@@ -50,15 +48,15 @@ class PrivateModel:
 
     @property
     def layout(self) -> Layout:
-        """How flat vectors are cut."""
+        """Names and shapes of the parameters in a flat vector."""
         return Layout(tuple(self.names), tuple(tuple(p.shape) for p in self.parameters))
 
     def running(self, index: int):
-        """The context in which batch number ``index`` is run."""
+        """Context for a forward pass over batch number ``index``."""
         return untouched(self.module, seed=self.seed + index, operation=self.operation)
 
     def output_and_loss(self, batch: Batch, index: int, *, output: bool = False) -> tuple[Any, Tensor]:
-        """The loss of a batch, with its graph; and the model's output if it is asked for (else None)."""
+        """Run a batch. Returns the model's output (None unless ``output``) and the loss with its graph."""
         with self.running(index):
             self._own_buffers()
             if not output:
@@ -68,24 +66,25 @@ class PrivateModel:
             return found, self.objective.from_output(found, batch)
 
     def _own_buffers(self) -> None:
-        # Statistics that a forward pass updates are saved in its graph: each graph gets its own.
+        # A forward pass saves the statistics that it updates in its graph, so each graph needs its own copy.
         for module in self.module.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.clone()
 
     def gradients(self, batch: Batch, index: int) -> list[Tensor]:
-        """The gradient of the loss of a batch, one tensor a parameter."""
+        """Gradient of the loss of a batch, one tensor per parameter."""
         _, loss = self.output_and_loss(batch, index)
         return gradients_of(loss, self.parameters)
 
     def refuse_hidden_parameters(self, batch: Batch, index: int) -> None:
-        """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is
-        not a zero one.
+        """Refuse parameters inside a reentrant checkpoint, whose Hessian would come out as zero.
+
+        Only ``backward()`` reaches what a reentrant checkpoint wraps.
 
         Raises:
-            SkipscopeError: naming such a parameter, where it is known; or the loss draws noise that cannot
-                be seeded, or the model reads a weight from a cache of its own.
+            SkipscopeError: a parameter is hidden (it is named if known), the loss draws noise that cannot
+                be seeded, or the model reads a weight from its own cache.
         """
         held = {} if self.module.training else tensors_kept(self.module)
         if held:
@@ -100,7 +99,8 @@ class PrivateModel:
             return self._refuse_no_gradient(batch, index)
         try:
             found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:  # the choice of a mode reports all others
+        except RuntimeError as error:
+            # select_mode reports all other errors.
             if "use_reentrant" in str(error):
                 raise self._hidden(None) from error
             return
@@ -114,8 +114,9 @@ class PrivateModel:
                 raise self._hidden(self.names[unused[reached.index(True)]])
 
     def _refuse_no_gradient(self, batch: Batch, index: int) -> None:
-        """A loss that leads to none of the chosen parameters has the Hessian zero; one that leads to none at
-        all has none.
+        """Raise if the loss depends on no parameter of the model.
+
+        If it depends only on parameters that were not chosen, the Hessian is zero, which is not an error.
         """
         others = [p for p in self.module.parameters() if p.is_floating_point() and not p.requires_grad]
         try:
@@ -137,7 +138,7 @@ class PrivateModel:
         )
 
     def doubled(self) -> PrivateModel:
-        """A copy of the copy, in float64; made once for a point."""
+        """Float64 copy of this copy, cached until the parameters move."""
         if self._twin is None:
             module = private_copy(self.module, self.operation).double()
             found = dict(module.named_parameters())
@@ -147,13 +148,13 @@ class PrivateModel:
         return self._twin
 
     def drop_double(self) -> None:
-        """Let go of the copy in float64."""
+        """Free the float64 copy."""
         self._twin = None
 
     def gradient_in_parts(
         self, batch: Batch, index: int, read: Callable[[int, Tensor], Tensor]
     ) -> list[Tensor]:
-        """``read(i, gradient)`` of each parameter i; a gradient is let go of as soon as it has been read."""
+        """Apply ``read(i, gradient)`` to each parameter's gradient, and free the gradient at once."""
         _, loss = self.output_and_loss(batch, index)
         found: dict[int, Tensor] = {}
         if loss.requires_grad:
@@ -177,7 +178,7 @@ class PrivateModel:
         ]
 
     def move(self, moves: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """Give parameters of the copy other values."""
+        """Overwrite parameters of the copy."""
         self._twin = None
         with torch.no_grad():
             for parameter, value in moves:
@@ -185,7 +186,7 @@ class PrivateModel:
 
 
 def gradients_of(loss: Tensor, parameters: list[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
-    """dL/dp for each parameter, zeros where the loss does not depend on it."""
+    """Gradient of the loss by each parameter; zeros if the loss does not depend on it."""
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
@@ -193,14 +194,15 @@ def gradients_of(loss: Tensor, parameters: list[nn.Parameter], *, create_graph: 
 
 
 def in_double(model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch] | None:
-    """The same model and batch in float64, or None where something cannot be run in it."""
+    """Convert model and batch to float64. Returns None if they cannot be run in it."""
     if model.parameters[0].dtype == torch.float64:
         return model, batch
     try:
         twin, batch = model.doubled(), map_tensors(batch, _doubled)
         if twin.output_and_loss(batch, index)[1].dtype != torch.float64:
             return None
-    except Exception:  # a class weight in float32, a kernel without float64, ...
+    except Exception:
+        # For instance a class weight in float32, or a kernel without float64.
         return None
     return twin, batch
 
@@ -221,15 +223,15 @@ def private_model(
     """Copy ``model``; see :class:`PrivateModel`.
 
     Args:
-        model: the user's; only read.
+        model: the user's model; only read.
         objective: the loss.
-        operation: named in errors.
+        operation: public call named in errors.
         parameters: names or patterns (``"layer1.*"``); None for all that require a gradient.
-        training: the mode to run in; None keeps each module's flag.
-        seed: of the random numbers inside the model.
+        training: whether to run in training mode; None keeps each module's flag.
+        seed: random seed for random numbers inside the model.
 
     Raises:
-        SkipscopeError: the model cannot be copied, no parameter was chosen, or one of them is complex.
+        SkipscopeError: the model cannot be copied, no parameter was chosen, or a chosen parameter is complex.
     """
     own = whole_copy(model, operation) if units(model) else private_copy(model, operation)
     if training is not None:
@@ -239,9 +241,8 @@ def private_model(
     )
     for module in own.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = (
-                False  # a sparse gradient cannot be differentiated again; a dense one is the same numbers
-            )
+            # A sparse gradient cannot be differentiated again; a dense gradient has the same values.
+            module.sparse = False
     found = dict(own.named_parameters())
     for name in chosen:
         if found[name].is_complex():
@@ -269,7 +270,9 @@ def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation
         chosen, pattern = names_matching(every, patterns, operation), ", ".join(patterns)
     if not chosen:
         raise SkipscopeError(
-            operation, "there is no parameter to measure the curvature in", got=pattern,
+            operation,
+            "there is no parameter to measure the curvature in",
+            got=pattern,
             cure='requires_grad_(True), or parameters=["..."]',
-        )  # fmt: skip
+        )
     return chosen

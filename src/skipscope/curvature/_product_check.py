@@ -1,11 +1,10 @@
-"""Is a product what it claims to be? A derivative that exists may still be a wrong one.
+"""Check of a mode's first product: a derivative that exists may still be wrong.
 
-Seen: a backward pass marked ``once_differentiable`` is left out of a second derivative without a word, and
-    the second
-derivative of torch's fused weight norm is wrong. So the first product of every mode is held against
-differences of gradients, in float64 where the model can be run in it. A kink (ReLU) between the points of a
-difference proves nothing: a mode is refused only when differences at two steps agree with each other and not
-with it.
+Known cases: a backward pass marked ``once_differentiable`` is silently left out of a second derivative, and
+the second derivative of torch's fused weight norm is wrong. So the first product of every mode is compared
+with differences of gradients, in float64 if the model runs in it. Differences across a kink (ReLU) are wrong
+themselves, so a mode is rejected only if differences at two step sizes agree with each other but not with the
+mode.
 """
 
 from __future__ import annotations
@@ -20,24 +19,25 @@ from skipscope._data import Batch
 from skipscope.curvature._hessian_products import Differences, Mode, Tangent
 from skipscope.curvature._private_model import PrivateModel, in_double
 
-# For each precision: two steps, as parts of |p|; how well two differences agree; and the error of a right
-# product.
+# For each precision: two step sizes relative to |p|, how well the differences must agree, and the error that
+# a right product may have.
 _STEPS = {torch.float64: (1e-5, 1e-7, 1e-3, 1e-6), torch.float32: (1e-2, 3e-3, 3e-2, 3e-2)}
-_ROUNDED = 1e-4  # the error of a right product in float32, at the least
-_MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivative spreads over all of them
+# The error that a right product in float32 may always have.
+_ROUNDED = 1e-4
+# Number of compared coordinates per parameter; a wrong derivative affects most of them.
+_MOST = 1 << 14
 
 
 @dataclass
 class ProductCheck:
-    """The comparison of a mode's first product with differences of gradients, at some coordinates of each
-    parameter.
+    """Compare a mode's first product with gradient differences, at some coordinates of each parameter.
 
     Attributes:
-        model: what was multiplied with.
-        batch: the batch it was on.
-        index: its number.
+        model: model whose matrix was multiplied.
+        batch: the batch.
+        index: number of the batch.
         tangent: the vector.
-        differences: makes the matrix's finite-difference mode for a step.
+        differences: creates the matrix's finite-difference mode from a step size.
     """
 
     model: PrivateModel
@@ -56,26 +56,28 @@ class ProductCheck:
         ]
 
     def part(self, i: int, tensor: Tensor) -> Tensor:
-        """The coordinates of parameter ``i`` that are compared, in float64."""
+        """Select the compared coordinates of parameter ``i``, in float64."""
         flat, places = tensor.detach().reshape(-1), self.places[i]
         return (flat if places is None else flat[places]).double().clone()
 
     def some(self, parts: Tangent) -> Tensor:
-        """The coordinates of a product that are compared."""
+        """Select the compared coordinates of a product."""
         return torch.cat([self.part(i, part) for i, part in enumerate(parts)])
 
     def reason_to_doubt(self, found: Tensor, mode: Mode) -> str | None:
-        """Why a product cannot be right.
+        """Find a reason why a product must be wrong.
 
         Args:
-            found: its coordinates, by :meth:`some`.
-            mode: what made it; where rounding may hide an error the product is made again in float64.
+            found: the product's coordinates, selected by :meth:`some`.
+            mode: mode that computed it; where rounding may hide an error, it recomputes the product in
+                float64.
 
         Returns:
-            The reason, or None when nothing speaks against the product.
+            The reason, or None if the product may be right.
         """
         if not found.isfinite().all():
-            return None  # the product itself says so
+            # The caller reports products that are not finite.
+            return None
         own = self.model.parameters[0].dtype
         model, batch = in_double(self.model, self.batch, self.index) or (self.model, self.batch)
         dtype = model.parameters[0].dtype
@@ -83,7 +85,8 @@ class ProductCheck:
             return None
         try:
             return self._compare(found, mode, model, batch, rounded=own != dtype)
-        except Exception:  # a check that cannot be made speaks for nothing
+        except Exception:
+            # Without a check there is no evidence against the product.
             return None
         finally:
             self.model.drop_double()
@@ -97,12 +100,12 @@ class ProductCheck:
         for step in steps:
             parts = self.differences(step).in_parts(model, batch, self.index, self.tangent, self.part)
             slow.append(torch.cat(parts))
-            if _apart(found, slow[-1]) <= (max(exact, _ROUNDED) if rounded else exact):
+            if _relative_difference(found, slow[-1]) <= (max(exact, _ROUNDED) if rounded else exact):
                 return None
         if rounded:
             tangent = [t.to(dtype) for t in self.tangent]
             found = self.some(mode.product(mode.prepare(model, batch, self.index), [tangent])[0])
-        apart, spread = _apart(found, slow[0]), _apart(*slow)
+        apart, spread = _relative_difference(found, slow[0]), _relative_difference(*slow)
         if spread > agree or apart <= 10 * max(spread, exact):
             return None
         share = f"{100 * apart:.0f} %" if apart > 0.01 else f"{apart:.1g} of its size"
@@ -111,6 +114,6 @@ class ProductCheck:
         )
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _relative_difference(a: Tensor, b: Tensor) -> float:
     size = max(float(a.norm()), float(b.norm()))
     return float((a - b).norm()) / size if size else 0.0

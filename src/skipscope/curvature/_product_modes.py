@@ -1,4 +1,4 @@
-"""Modes of multiplying with a matrix, and the cheapest one whose products are right on a model."""
+"""Modes of multiplying with a matrix, and selection of the cheapest mode that is right on a model."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _DIFFERENCES: dict[str, Callable[..., Differences]] = {
 
 @dataclass(frozen=True)
 class ProductMode:
-    """A mode, and how attention is computed under it.
+    """A mode, with or without fused kernels.
 
     Attributes:
-        name: for people.
-        mode: makes the products.
-        plain: fused kernels whose second derivative is missing or wrong are spelt out in plain operations.
-        keeps: what it prepares is a graph worth keeping.
+        name: display name.
+        mode: computes the products.
+        plain: whether fused kernels without a right second derivative are replaced by plain operations.
+        keeps: whether the prepared graph is worth keeping between products.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ProductMode:
     keeps: bool = False
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
-        """The context to prepare and multiply in."""
+        """Context for ``mode.prepare`` and ``mode.product``."""
         return _plain_kernels() if self.plain else contextlib.nullcontext()
 
 
@@ -65,9 +65,7 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """The fused weight norm's second derivative is wrong in torch 2.13; the same in plain operations is
-    right.
-    """
+    """Run the fused weight norm, whose second derivative is wrong in torch 2.13, in plain operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_fused_weight_norm(func):
@@ -80,7 +78,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def product_modes(matrix: Matrix) -> list[ProductMode]:
-    """Every mode, the cheapest first."""
+    """All modes for a matrix, the cheapest first."""
     reverse, forward, differences = _REVERSE[matrix], _FORWARD[matrix], _DIFFERENCES[matrix]()
     return [
         ProductMode(reverse.name, reverse, keeps=True),
@@ -94,19 +92,21 @@ def product_modes(matrix: Matrix) -> list[ProductMode]:
 def select_mode(
     model: PrivateModel, batch: Batch, index: int, matrix: Matrix, trial: Tangent, mode: str | None
 ) -> tuple[ProductMode, dict[str, str]]:
-    """The first candidate whose product of ``trial`` exists and is right, and why those before it were
-    refused.
+    """Select the first mode whose product with ``trial`` is right.
 
     Args:
-        model: what to multiply with.
-        batch: a batch that counts.
-        index: its number.
+        model: model whose matrix is multiplied.
+        batch: a batch with a weight.
+        index: number of the batch.
         matrix: "hessian" or "gauss_newton".
         trial: a random vector.
-        mode: only the candidates whose name begins so; None: all.
+        mode: prefix of the names of the modes to try; None: all.
+
+    Returns:
+        The mode, and the reason for each mode rejected before it.
 
     Raises:
-        SkipscopeError: none works, or ``mode`` names none.
+        SkipscopeError: no mode works, or ``mode`` is no mode's prefix.
     """
     candidates = [
         candidate for candidate in product_modes(matrix) if mode is None or candidate.name.startswith(mode)
@@ -123,14 +123,16 @@ def select_mode(
                 )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever one mode cannot do, the next may
+        except Exception as error:
             if isinstance(error, SkipscopeError) and error.__cause__ is None:
-                raise  # refused for what it is, not for how it was tried
+                # The input was refused, not the mode: another mode would not help.
+                raise
             reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
             refused[candidate.name] = reason.strip().splitlines()[0][:200]
             continue
         objection = None
-        if not isinstance(candidate.mode, Differences):  # these are what the others are held against
+        # Differences are the reference of the check.
+        if not isinstance(candidate.mode, Differences):
             with candidate.running():
                 objection = check.reason_to_doubt(found, candidate.mode)
         if objection is None:
@@ -140,12 +142,12 @@ def select_mode(
         model.operation,
         "no mode of multiplying with the matrix works on this model",
         got="; ".join(f"{name}: {why}" for name, why in refused.items()),
-        cure=None if mode is None else "leave mode= out: the first mode that is right is taken",
+        cure=None if mode is None else "leave mode= out: the first mode that works is used",
     )
 
 
 def graph_bytes(prepared: Any) -> int:
-    """The memory that a graph keeps alive: every distinct storage saved for a backward pass."""
+    """Bytes that a graph keeps alive: all distinct storages saved for a backward pass."""
     waiting = [t.grad_fn for t in tensors_in(prepared) if t.grad_fn is not None]
     seen, storages = set(), {}
     while waiting:

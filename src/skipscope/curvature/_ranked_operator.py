@@ -1,8 +1,8 @@
 """The curvature of a model under FSDP2: each rank multiplies on its own batches, and the products are summed.
 
-A second derivative goes through FSDP2's gathering and freeing of weights in the middle of a backward pass,
-which it does not support. So each rank holds one plain copy of the whole model, and of the data its own part
-alone. The first rank holds the basis and solves; the others multiply when it asks.
+FSDP2 gathers and frees weights during a backward pass, which does not support second derivatives. So each
+rank holds a plain copy of the whole model, and only its own part of the data. Rank 0 holds the basis and
+solves; the other ranks multiply on request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class RankedOperator(CurvatureOperator):
-    """As :class:`CurvatureOperator`, over the batches of all ranks; :meth:`apply` is the first rank's."""
+    """:class:`CurvatureOperator` over the batches of all ranks; only rank 0 calls :meth:`apply`."""
 
     def __init__(self, model: PrivateModel, data: RankBatches, matrix: Matrix, **options: Any):
         open_it = functools.partial(super().__init__, model, data, matrix, **options)
@@ -38,7 +38,7 @@ class RankedOperator(CurvatureOperator):
 
     @property
     def group(self) -> RankGroup:
-        """The ranks."""
+        """The ranks that share the batches."""
         assert isinstance(self.data, RankBatches)
         return self.data.group
 
@@ -57,10 +57,10 @@ class RankedOperator(CurvatureOperator):
         return self.group.summed(total)
 
     def solved_by_first(self, solve: Callable[[], Result]) -> Result:
-        """What ``solve``, which multiplies, returns on the first rank; on every rank.
+        """Run ``solve`` on rank 0 while the other ranks multiply. Returns its result on every rank.
 
         Raises:
-            SkipscopeError: on every rank, where it failed.
+            SkipscopeError: ``solve`` failed; raised on every rank.
         """
         result, error = None, None
         try:
@@ -70,7 +70,8 @@ class RankedOperator(CurvatureOperator):
                 raise
             error = failed
         if self.group.rank == 0:
-            self.group.gathered(None)  # the others stop
+            # Ends the loop of _serve on the other ranks.
+            self.group.gathered(None)
         found = self.group.gathered((result, sendable_error(error)))
         self.group.raise_first(self.model.operation, [failed for _, failed in found], error)
         return found[0][0]  # type: ignore[return-value]
@@ -91,17 +92,18 @@ class RankedOperator(CurvatureOperator):
 def open_ranked(
     operation: str, model: nn.Module, data: Any, loss: Any, how: How, group: RankGroup
 ) -> RankedOperator:
-    """:func:`open_operator` for a sharded model, on every rank.
+    """Open an operator for a sharded model, on every rank.
 
     Raises:
-        SkipscopeError: as there; or a rank cannot hold the whole model.
+        SkipscopeError: as :func:`open_operator`; or a rank cannot hold the whole model.
     """
     refuse_unmovable(model, operation)
     group.agreed(operation, lambda: _require_whole(model, operation))
 
     def read() -> Batches:
         source = as_batches(data, operation, any_shape=isinstance(loss, Objective))
-        with random_state_kept(how.seed):  # a shuffling loader gives every rank the same batches
+        # A shuffling loader gives every rank the same batches.
+        with random_state_kept(how.seed):
             return Batches(list(source), single=source.single)
 
     place = next(model.parameters()).device
@@ -117,8 +119,9 @@ def _require_whole(model: nn.Module, operation: str) -> None:
     free = SHARE * free_bytes(parameters[0].device)
     if needed > free:
         raise SkipscopeError(
-            operation, "the whole model does not fit on one rank, and its second derivative needs it there",
+            operation,
+            "the whole model does not fit on one rank, and its second derivative needs it there",
             expected=f"{needed / 2**30:.2f} GiB: the weights, their gradient and a product",
             got=f"{free / 2**30:.2f} GiB that may be used on {parameters[0].device}",
             cure="a device with more memory; landscape needs a shard of the weights alone",
-        )  # fmt: skip
+        )

@@ -1,13 +1,12 @@
-"""Activations whose second derivative is worked out once for all products on a kept graph.
+"""Activations whose second derivative is computed once for all products on a kept graph.
 
-A product runs backward through a gradient's graph, and there torch works out an activation's derivatives
-again, from exponentials and error functions, in every product. They do not depend on the vector. With y =
-f(x), backward ``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors
-that are known after the gradient, and a product only multiplies with.
+A product runs backward through a gradient's graph, and torch recomputes each activation's derivatives, from
+exponentials and error functions, in every product, although they do not depend on the vector. With y = f(x),
+the backward pass is ``g -> g f'(x)``, and its own backward is ``s -> (s f'(x), s g f''(x))``. All factors are
+known after the gradient, so a product only multiplies.
 
 This leaves out the third derivative. A loss that differentiates the network itself (a gradient penalty,
-forces, a physics-informed loss) needs it, so a backward pass made while the loss is computed uses torch's own
-formulas.
+forces, a physics-informed loss) needs it, so a backward pass inside the loss uses torch's own formulas.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-# Element by element, smooth, and dear to differentiate twice (tanh and sigmoid are not: their outputs are all
-# it takes).
+# Elementwise, smooth, and costly to differentiate twice. tanh and sigmoid are cheap: their outputs suffice.
 _SMOOTH = {F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid}
 
 
 class SharedDerivatives(TorchFunctionMode):
-    """While it is on, activations keep their derivatives; the numbers are the same.
+    """Mode in which activations save their derivatives; the values do not change.
 
     Attributes:
-        computing: the loss is being computed; a backward pass made now belongs to the loss.
+        computing: whether the loss is being computed, so that a backward pass belongs to the loss.
     """
 
     def __init__(self):
@@ -60,7 +58,7 @@ class SharedDerivatives(TorchFunctionMode):
 
 
 def _hooked() -> bool:
-    """Whether something else decides what is saved: a checkpoint, which would not find what it expects."""
+    """Whether saved-tensor hooks are active: a checkpoint would not find the tensors that it expects."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
             return False
@@ -69,7 +67,7 @@ def _hooked() -> bool:
 
 
 class _Smooth(torch.autograd.Function):
-    """``f(x)``."""
+    """``f(x)`` with saved first and second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], mode: SharedDerivatives) -> Tensor:
@@ -96,7 +94,7 @@ class _Smooth(torch.autograd.Function):
 
 
 class _Pull(torch.autograd.Function):
-    """``grad f'(x)``."""
+    """``grad f'(x)``, whose backward uses the saved derivatives."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, x: Tensor, slope: Tensor, bend: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The distribution of eigenvalues, by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang
-2016).
+"""Spectral density by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang 2016).
 
 A random unit vector's Lanczos run of m steps gives nodes and weights of a Gauss rule for its spectral
 measure, exact for polynomials up to degree 2m - 1. The mean of that measure over random vectors is the
@@ -29,11 +28,11 @@ from skipscope.curvature._vector_memory import require_vectors
 
 
 def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights ``[2, steps]`` of one random vector's spectral measure; nan and 0 where the run ended
-    early.
+    """Lanczos quadrature of one random vector's spectral measure: nodes and weights ``[2, steps]``.
 
-    The second rule is that of half the steps: what differs between the two is a matter of resolution. Where
-    the run found an invariant space the rule is exact, and there is no difference.
+    After an early end the nodes are nan and the weights 0. The first row is the full rule; the second uses
+    half of the steps, and the difference between the two shows the resolution. If the run found an invariant
+    subspace, the rule is exact and both are the same.
     """
     probe = draw(1)
     rows = torch.empty(steps + 1, size, dtype=torch.float64, device=probe.device)
@@ -68,30 +67,29 @@ def spectral_density(
     seed: int = 0,
     mode: str | None = None,
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues of a loss's Hessian, with a band over random probes. Local under
-    DDP.
+    """Eigenvalue density of a loss's Hessian, with a band over random probes. Local under DDP.
 
     Args:
-        model: any module; left as found.
+        model: any module; left unchanged.
         data: one batch, or a re-iterable of batches, averaged as the loss does.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
         probes: random vectors, at least 2; the band narrows with their square root.
-        steps: products a probe: the resolution.
-        points: of the grid.
+        steps: products per probe; more of them resolve the spectrum better.
+        points: number of grid points.
         bandwidth: standard deviation of the Gaussian that widens each node; default: the spectrum's width /
             steps.
         cut: eigenvalues within this fraction of max |lambda| of zero count as zero in the shares.
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
-        weight: what a batch counts for in the mean.
+        weight: weight of a batch in the mean.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
-        seed: of the probes, and of random numbers inside the model.
+        seed: random seed of the probes and inside the model.
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, or fewer than 2 probes or 1
-            step; or the vectors of a run (``steps + 6`` of the parameters' size, in float64) do not fit into
-            memory.
+        SkipscopeError: data or loss cannot be read; a product is not finite; ``probes``, ``steps`` or
+            ``points`` is too small; or the vectors of a run (``steps + 6`` of the parameters' size, in
+            float64) do not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss
@@ -150,14 +148,15 @@ def _curve(nodes: np.ndarray, weights: np.ndarray, points: int, bandwidth: float
 
 
 def _summary(nodes: np.ndarray, weights: np.ndarray, size: int, cut: float) -> dict[str, Any]:
-    """The numbers of a density, from both rules ``[2, probes, steps]``."""
+    """Shares, trace and their errors, from both rules ``[2, probes, steps]``."""
     values = np.nan_to_num(nodes)
     edge = cut * float(np.abs(values[0]).max())
     share, half_share = (weights * (values < -edge)).sum(2)
     negative = (weights * np.clip(-values, 0, None)).sum(2)
     total = (weights * np.abs(values)).sum(2)
     mass, half_mass = negative / np.where(total > 0, total, 1.0)
-    trace = size * (weights[0] * values[0]).sum(1)  # a rule's first moment is exact
+    # The first moment of a Gauss rule is exact, so the trace needs no rule at half the steps.
+    trace = size * (weights[0] * values[0]).sum(1)
     return {
         "cut": edge,
         "negative_share": float(share.mean()),

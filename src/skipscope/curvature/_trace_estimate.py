@@ -1,6 +1,4 @@
-"""The trace of a matrix known by products: Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff
-2021).
-"""
+"""Trace of a matrix from products: Hutchinson, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021)."""
 
 from __future__ import annotations
 
@@ -29,17 +27,17 @@ Method = Literal["hutch++", "hutchinson"]
 def trace_of(
     product: Product, size: int, products: int, method: Method, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[float, float, int]:
-    """The trace, its standard error, and how many random vectors it rests on.
+    """Estimate a trace. Returns it with its standard error and the number of random vectors.
 
     Args:
-        product: the matrix times rows ``[b, size]``.
-        size: n.
-        products: how many may be spent.
+        product: multiplies the matrix with rows ``[b, size]``.
+        size: dimension of the matrix.
+        products: number of products to spend.
         method: "hutchinson": the mean of g'Ag over random signs g. "hutch++": a third of the products finds a
-            subspace that carries most of the matrix, a third takes the trace there exactly, a third estimates
-            the rest.
-        seed: of the random vectors.
-        device: where they live.
+            subspace that carries most of the matrix, a third computes the trace there exactly, a third
+            estimates the rest.
+        seed: random seed of the vectors.
+        device: device of the vectors.
     """
     generator = own_generator(seed)
 
@@ -49,7 +47,8 @@ def trace_of(
     third = min(products // 3, size) if method == "hutch++" else 0
     carried = torch.empty(third, size, dtype=torch.float64, device=device)
     for kept in track(range(third), "trace"):
-        if not _append_orthonormal(carried, kept, product(signs())[0]):  # the images so far are all there is
+        # If the rows already span the matrix's range, a random row fills up the subspace.
+        if not _append_orthonormal(carried, kept, product(signs())[0]):
             other = torch.randn(size, generator=generator, dtype=torch.float64).to(device)
             _append_orthonormal(carried, kept, other)
     exact = sum(float(row @ product(row[None])[0]) for row in track(carried, "trace"))
@@ -64,12 +63,13 @@ def trace_of(
 
 
 def _append_orthonormal(rows: Tensor, count: int, row: Tensor) -> bool:
-    """Write the part of ``row`` that is orthogonal to the first ``count`` rows behind them, as a unit vector.
+    """Append the normalised part of ``row`` that is orthogonal to the first ``count`` rows.
 
-    Returns whether there is one: a remainder that is rounding is left out.
+    Returns False, without appending, if that part is only rounding.
     """
     whole = float(torch.linalg.vector_norm(row))
-    for _ in range(2):  # twice is enough (Giraud, Langou & Rozloznik 2005)
+    # Twice is enough (Giraud, Langou & Rozloznik 2005).
+    for _ in range(2):
         row.addmv_(rows[:count].T, rows[:count] @ row, alpha=-1)
     rest = float(torch.linalg.vector_norm(row))
     if rest <= 1e-12 * whole:
@@ -93,25 +93,26 @@ def curvature_trace(
     seed: int = 0,
     mode: str | None = None,
 ) -> TraceEstimate:
-    """The trace of a loss's Hessian (its mean curvature times the parameters), with its error. Local under
-    DDP.
+    """Trace of a loss's Hessian, with its standard error. Local under DDP.
+
+    The trace is the mean curvature times the number of parameters.
 
     Args:
-        model: any module; left as found.
+        model: any module; left unchanged.
         data: one batch, or a re-iterable of batches, averaged as the loss does.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
-        products: how many to spend.
+        products: number of matrix-vector products to spend.
         method: "hutch++" or "hutchinson".
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
-        weight: what a batch counts for in the mean.
+        weight: weight of a batch in the mean.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
-        seed: of the probes, and of random numbers inside the model.
+        seed: random seed of the probes and inside the model.
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, an unknown method, or the
-            vectors of hutch++ (a third of ``products``, in float64) do not fit into memory.
+        SkipscopeError: data or loss cannot be read; a product is not finite; the method is unknown; or
+            the vectors of hutch++ (a third of ``products``, in float64) do not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss

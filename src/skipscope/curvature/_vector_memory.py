@@ -1,4 +1,4 @@
-"""Whether the float64 vectors of a call fit into free memory: said, or refused, before they are taken."""
+"""Check that the float64 vectors of a call fit into free memory, before they are allocated."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ def require_vectors(
     device: torch.device,
     cure: Callable[[int], str | None],
 ) -> None:
-    """Print the memory that vectors take, or refuse them.
+    """Print the memory that vectors need, or refuse them if they do not fit.
 
     Args:
-        operation: named in the error.
-        size: of a vector.
-        count: how many are kept.
-        beside: how many more are held at the peak.
-        device: where they are kept.
-        cure: the cure, from how many would fit; None where too few do.
+        operation: public call named in the error.
+        size: length of a vector.
+        count: number of vectors to keep.
+        beside: number of further vectors at the peak.
+        device: device of the vectors.
+        cure: returns the error's cure for a number of vectors that fit, or None if too few fit.
 
     Raises:
-        SkipscopeError: they need more than may be used of the free memory.
+        SkipscopeError: the vectors need more than the usable share of the free memory.
     """
     row = 8 * size
     needed, free = (count + beside) * row, SHARE * free_bytes(device)
     if needed > free:
         raise SkipscopeError(
-            operation, f"{count} vectors of the parameters' size do not fit into memory",
+            operation,
+            f"{count} vectors of the parameters' size do not fit into memory",
             expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
             got=f"{free / 2**30:.2f} GiB that may be used on {device}",
             cure=cure(int(free / row) - beside) or "fewer parameters: parameters=[...]",
-        )  # fmt: skip
+        )
     say(f"{operation}: {count} vectors, at most {needed / 2**30:.2g} GiB")

@@ -1,4 +1,4 @@
-"""The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
+"""Analysis of the backward pass: gradient flow, verdict, split, paths, importance and remedies."""
 
 from skipscope._lazy_names import lazy_names
 

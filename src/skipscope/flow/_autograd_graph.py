@@ -1,4 +1,4 @@
-"""Read autograd's public graph: nodes, their inputs, and the leaves that they start from."""
+"""Traversal of autograd's public graph: nodes, their inputs and leaves."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A node, and which of its outputs.
+# A node and the index of one of its outputs.
 Edge = tuple[Any, int]
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """The node and the output that a tensor is."""
+    """The autograd node of a tensor, and its output index."""
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 
 def nodes_above(roots: Iterable[Any]) -> list[Any]:
-    """Every node above ``roots``, each after those it was computed from; ``roots`` come last."""
+    """Every node upstream of ``roots`` and ``roots`` themselves, in topological order from the leaves."""
     done: dict[Any, None] = {}
     stack = [(root, False) for root in roots]
     while stack:
@@ -35,7 +35,7 @@ def nodes_above(roots: Iterable[Any]) -> list[Any]:
 
 
 def leaves_above(roots: Iterable[Any]) -> list[Tensor]:
-    """The leaf tensors that nodes were computed from, in any order."""
+    """The leaf tensors upstream of ``roots``, in any order."""
     stack = list(roots)
     seen, leaves = set(stack), []
     while stack:

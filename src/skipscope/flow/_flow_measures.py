@@ -1,7 +1,7 @@
-"""What this room hands back: plain numbers, and the tables that say what they mean.
+"""Results of the flow functions other than ``gradient_flow``, with their tables.
 
-Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on
-its way back from the loss; both are in decades (powers of ten).
+A *fall* and a *slope* are positive when the gradient shrinks on its way back from the loss; both are in
+decades (powers of ten).
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from skipscope._numbers import short
 from skipscope._option_words import ModelMode, VerdictState
 from skipscope._result import Result, Table
 
-# --- gradient_split ----------------------------------------------------------------------------------------
+# --- gradient_split ---
 
 
 @dataclass(frozen=True)
 class SplitAt:
-    """The gradient arriving at one fork, by the path it took.
+    """Gradient arriving at a fork, by path.
 
     Attributes:
-        name, kind: the shortcut.
-        fork: where the two paths part.
+        name: name of the shortcut.
+        kind: kind of the shortcut.
+        fork: activation at which branch and shortcut part.
         branch_rms: RMS of the gradient that came through the branch.
         shortcut_rms: RMS of the gradient that came through the shortcut.
-        cosine: between the two; None where one is zero.
-        fork_rms: RMS of all gradient arriving at the fork.
-        other_rms: RMS of what took neither path (other consumers of the fork); None where there is none.
-        share: |shortcut| / (|shortcut| + |branch|); None where both are zero.
-        residual: |branch + shortcut + other - total| / |total|, by measurement: 0 but for rounding.
+        cosine: cosine between these two gradients; None if either is zero.
+        fork_rms: RMS of the total gradient at the fork.
+        other_rms: RMS of the gradient from other consumers of the fork; None if there are none.
+        share: |shortcut| / (|shortcut| + |branch|); None if both are zero.
+        residual: measured |branch + shortcut + other - total| / |total|, zero up to rounding.
     """
 
     name: str
@@ -48,14 +49,13 @@ class SplitAt:
 
 @dataclass(frozen=True)
 class GradientSplit(Result):
-    """At each shortcut, how much gradient the shortcut carries and how much the branch. A sequence of its
-    rows.
+    """Gradient through the branch and through the shortcut, for each shortcut. A sequence of its rows.
 
     Attributes:
-        shortcuts: one row a shortcut, in order of execution.
+        shortcuts: a row for each shortcut, in order of execution.
         loss: the loss on the data.
         mode, meaning: as in :class:`GradientFlow`.
-        notes: what else a reader should know.
+        notes: further remarks.
 
     Example:
         >>> import torch, skipscope as ss
@@ -82,7 +82,7 @@ class GradientSplit(Result):
         return iter(self.shortcuts)
 
     def table(self) -> Table:
-        """One row a shortcut."""
+        """Table with a row for each shortcut."""
         rows = [[s.name, s.kind, s.shortcut_rms, s.branch_rms, s.share, s.cosine] for s in self.shortcuts]
         return Table(
             "Where the gradient comes from, at each fork",
@@ -98,27 +98,27 @@ class GradientSplit(Result):
         )
 
 
-# --- path_spectrum ----------------------------------------------------------------------------------------
+# --- path_spectrum ---
 
 
 @dataclass(frozen=True, eq=False)
 class PathSpectrum(Result):
-    """The gradient, taken apart by how many branches it crossed.
+    """The gradient by the number of branches that it crossed.
 
     Attributes:
         norms: ``[branches + 1]``; ``norms[k]`` is the L2 norm over the whole batch of G_k, the sum over all
             paths that cross exactly k branches.
         mean_length: sum k |G_k| / sum |G_k|.
-        residual: |sum_k G_k - G| / |G|, G from a plain backward pass.
+        residual: |sum_k G_k - G| / |G|, with G from a plain backward pass.
         gradient_norm: |G|.
-        branches: how many branch operands there are (the greatest possible length).
-        wrt: what the paths lead back to.
-        method: how it was computed: ``"batched"``, ``"loop"`` or ``"mixed"``; an estimate has
-            ``"estimate, "`` before it.
+        branches: number of branch operands (the greatest possible length).
+        wrt: boundary or parameter at which the paths end.
+        method: method of computation: ``"batched"``, ``"loop"`` or ``"mixed"``; for an estimate with the
+            prefix ``"estimate, "``.
         loss: the loss on the data.
         mode, meaning: as in :class:`GradientFlow`.
-        errors: for an estimate, about how far each norm may be off; None when exact.
-        notes: what else a reader should know.
+        errors: approximate error of each norm for an estimate; None if exact.
+        notes: further remarks.
 
     Example:
         >>> import torch, skipscope as ss
@@ -149,7 +149,7 @@ class PathSpectrum(Result):
         return self.norms / total if total else np.zeros_like(self.norms)
 
     def table(self) -> Table:
-        """One row a path length."""
+        """Table with a row for each path length."""
         rows = [[k, float(n), float(s)] for k, (n, s) in enumerate(zip(self.norms, self.shares))]
         if self.errors is not None:
             rows = [[*row, float(e)] for row, e in zip(rows, self.errors)]
@@ -170,19 +170,19 @@ class PathSpectrum(Result):
         )
 
 
-# --- importance -------------------------------------------------------------------------------------------
+# --- importance ---
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one edit costs, from the weights as they are.
+    """Cost of an edit, without further training.
 
     Attributes:
-        loss: the loss after it.
-        loss_cost: the loss after it minus the loss before.
-        fall_decades: the flow's fall after it; None where it has none (dead, unconnected, non-finite).
-        flow_cost: the fall after it minus the fall before: decades of gradient lost by it.
-        state: the flow's state after it.
+        loss: loss after the edit.
+        loss_cost: loss after the edit minus loss before.
+        fall_decades: fall of the flow after the edit; None if it has none (dead, unconnected, non-finite).
+        flow_cost: fall after the edit minus fall before: decades of gradient lost.
+        state: state of the flow after the edit.
     """
 
     loss: float
@@ -194,13 +194,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class ImportanceOf:
-    """One shortcut, taken out alone; and its branch, taken out alone.
+    """Costs of removing a shortcut alone, and of removing its branch alone.
 
     Attributes:
-        name, kind: the shortcut.
-        removed: the cost of removing the shortcut; None when it cannot be edited, and ``why`` says why.
-        lesioned: the cost of removing its branch (Veit's lesion).
-        why: the reason why something is missing.
+        name: name of the shortcut.
+        kind: kind of the shortcut.
+        removed: cost of removing the shortcut; None if it cannot be edited, for the reason in ``why``.
+        lesioned: cost of removing its branch (Veit's lesion).
+        why: reason for a missing cost.
     """
 
     name: str
@@ -212,14 +213,14 @@ class ImportanceOf:
 
 @dataclass(frozen=True)
 class Importance(Result):
-    """Which shortcuts matter. A sequence of its rows, in order of execution.
+    """Importance of each shortcut and branch. A sequence of its rows, in order of execution.
 
     Attributes:
-        shortcuts: one row a shortcut.
-        loss: the loss as built.
-        fall_decades: the flow's fall as built.
+        shortcuts: a row for each shortcut.
+        loss: loss of the unedited network.
+        fall_decades: fall of the flow of the unedited network.
         mode: as in :class:`GradientFlow`.
-        notes: what else a reader should know.
+        notes: further remarks.
 
     Example:
         >>> import torch, skipscope as ss
@@ -247,7 +248,7 @@ class Importance(Result):
 
     @property
     def ranked(self) -> tuple[ImportanceOf, ...]:
-        """The rows, the costliest removal (in loss) first; what could not be removed last."""
+        """The rows by descending loss cost of removal; shortcuts that could not be removed come last."""
         return tuple(
             sorted(
                 self.shortcuts,
@@ -256,7 +257,7 @@ class Importance(Result):
         )
 
     def table(self) -> Table:
-        """One row a shortcut, the one that costs most to remove first."""
+        """Table with a row for each shortcut, by descending cost of removal."""
 
         def cells(cost: Cost | None) -> list[float | None]:
             return [None, None] if cost is None else [cost.loss_cost, cost.flow_cost]
@@ -281,22 +282,22 @@ def _descending(value: float) -> float:
     return -np.inf if np.isnan(value) else -value
 
 
-# --- prescribe --------------------------------------------------------------------------------------------
+# --- prescribe ---
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """One remedy, tried on a copy.
+    """A remedy, tried on a copy.
 
     Attributes:
-        name: what was done, in words.
-        code: the line that does it.
-        state, fall_decades, loss: of the copy after it; the first row of a prescription is the network as it
-            is.
-        reached: the loss after the same few training steps that were given to every candidate; None if none
-            were.
-        notes: the rate that reached it.
-        reason: why the flow is as it is, a sentence.
+        name: description of the remedy.
+        code: line of code that applies it.
+        state: state of the copy's flow with the remedy.
+        fall_decades: fall of its flow.
+        loss: its loss.
+        reached: loss after the same few training steps as for every candidate; None without training.
+        notes: learning rate that reached this loss.
+        reason: reason for the state of the flow, in a sentence.
     """
 
     name: str
@@ -311,14 +312,15 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Prescription(Result):
-    """Remedies that were tried on copies of a network, the one that did most first.
+    """Remedies that were tried on copies of a network, best first.
 
     Attributes:
-        before: the network as it is.
-        remedies: what was tried, best first.
-        refused: what could not be tried, and why.
+        before: the unedited network, as a row.
+        remedies: the remedies tried, best first.
+        refused: remedies that could not be tried, with reasons.
         advice: the answer in a sentence or two.
-        notes: why the flow is as it is, how to do what came out best, and how the steps were taken.
+        notes: the reason for the state of the flow, how to apply the best remedies, and details of the
+            training steps.
 
     Example:
         >>> import torch, skipscope as ss
@@ -337,7 +339,7 @@ class Prescription(Result):
     notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        """One row a remedy, the network as it is first."""
+        """Table with a row for each remedy, after the unedited network."""
         rows = [[r.name, r.state, r.fall_decades, r.loss, r.reached] for r in (self.before, *self.remedies)]
         return Table(
             self.advice or "Remedies tried",
@@ -358,21 +360,20 @@ class Prescription(Result):
         )
 
 
-# --- gradient_correlation ---------------------------------------------------------------------------------
+# --- gradient_correlation ---
 
 
 @dataclass(frozen=True, eq=False)
 class GradientCorrelation(Result):
-    """How alike the gradients with respect to two inputs are, against how far apart the inputs are (Balduzzi
-    2017).
+    """Correlation of input gradients against the distance between the inputs (Balduzzi et al. 2017).
 
     Attributes:
         distances: ``[pairs]``, |x_i - x_j|.
-        correlations: ``[pairs]``, the cosine between the gradients with respect to x_i and x_j.
-        mean: the mean correlation.
-        bins: rows ``(distance, mean correlation, pairs)``, equally filled.
-        boundary: where the gradient was read.
-        notes: what else a reader should know.
+        correlations: ``[pairs]``, cosine between the gradients with respect to x_i and x_j.
+        mean: mean correlation.
+        bins: rows ``(distance, mean correlation, pairs)`` with equally many pairs.
+        boundary: boundary at which the gradient was read.
+        notes: further remarks.
 
     Example:
         >>> import torch, skipscope as ss
@@ -391,7 +392,7 @@ class GradientCorrelation(Result):
     notes: tuple[str, ...] = field(default=())
 
     def table(self) -> Table:
-        """One row a distance."""
+        """Table with a row for each distance bin."""
         return Table(
             f"Correlation of input gradients: mean {short(self.mean)}",
             ["distance", "correlation", "pairs"],

@@ -1,7 +1,7 @@
 """Result of ``gradient_flow``: boundaries, weights, sites and the verdict.
 
-Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on
-its way back from the loss; both are in decades (powers of ten).
+A *fall* and a *slope* are positive when the gradient shrinks on its way back from the loss; both are in
+decades (powers of ten).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from skipscope.flow.verdict._verdict_words import finding
 
 @dataclass(frozen=True)
 class BoundaryFlow:
-    """The gradient where it crosses one boundary.
+    """Gradient and activation at a boundary.
 
     Attributes:
-        name: the boundary, in the words of the model.
-        depth: 0 at the first boundary, one more at each next.
+        name: name of the boundary in the model.
+        depth: index of the boundary, from 0.
         kind: ``"input"``, ``"merge"`` or ``"module"``.
-        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None where no
+        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None if no
             gradient arrives (not connected).
         activation_rms: RMS over all elements of the activation.
-        factor: the flow here over the flow at the next boundary; None at the last.
+        factor: flow at this boundary over flow at the next; None at the last boundary.
         chi: ``factor`` squared, Schoenholz's chi: below 1 the gradient shrinks here on its way back.
-        zero_fraction: the share of the gradient's elements that are exactly 0.
+        zero_fraction: share of the gradient's elements that are exactly 0.
         state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
-        similarity: mean cosine between the activations of different samples (tokens where there are any):
-            near 1 the network has stopped telling them apart. None where it cannot be had.
+        similarity: mean cosine between the activations of different samples (or tokens); near 1 the network
+            no longer distinguishes them. None if it cannot be computed.
     """
 
     name: str
@@ -50,16 +50,16 @@ class BoundaryFlow:
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """The gradient dL/dW of one weight (a parameter of two dimensions or more), as training has it.
+    """Gradient dL/dW of a weight (a parameter with at least two dimensions), as in training.
 
     Attributes:
-        name: the parameter, e.g. ``"layers.0.0.weight"``.
-        weight_grad_mean_abs: mean |dL/dW|, what the lecture prints.
+        name: name of the parameter, e.g. ``"layers.0.0.weight"``.
+        weight_grad_mean_abs: mean |dL/dW|, as printed in the lecture.
         weight_grad_rms: RMS of dL/dW.
-        zero_fraction: the share of elements that are exactly 0.
+        zero_fraction: share of elements that are exactly 0.
         state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
-        spread: standard deviation over batches of the RMS, over its mean; None for a single batch.
-        trainable: False for a frozen weight, which is never given a gradient.
+        spread: standard deviation of the RMS over batches, divided by its mean; None for a single batch.
+        trainable: False for a frozen weight, which never gets a gradient.
     """
 
     name: str
@@ -73,13 +73,13 @@ class LayerGradient:
 
 @dataclass(frozen=True)
 class SiteFlow:
-    """The gradient at the output of one weighted call, in order of execution.
+    """Gradient at the output of a weighted call.
 
     Attributes:
-        name: the module whose weight it is.
-        function: the call: ``"linear"``, ``"conv2d"``, ``"lstm"``, ...
-        step: how many calls with the same weights came before; of a fused recurrent layer the time step.
-        gradient_rms: RMS over all elements, with |dL/d(output)| set to 1; None where no gradient arrives.
+        name: name of the module with the weight.
+        function: function called: ``"linear"``, ``"conv2d"``, ``"lstm"``, ...
+        step: number of earlier calls with the same weights, or the time step of a fused recurrent layer.
+        gradient_rms: RMS over all elements, with |dL/d(output)| set to 1; None if no gradient arrives.
     """
 
     name: str
@@ -90,12 +90,12 @@ class SiteFlow:
 
 @dataclass(frozen=True)
 class Head:
-    """From the last hidden boundary to the output: a step that all layers have in common.
+    """Head of the network, from the last hidden boundary to the output, shared by all layers.
 
     Attributes:
-        averaging: decades that the norm loses by averaging over positions: geometry.
-        gain: what else is done to the norm, as a factor.
-        slope: RMS slope of an activation function between the last layer and the output; None without one.
+        averaging: decades that the norm loses by averaging over positions.
+        gain: remaining factor on the norm.
+        slope: RMS slope of an activation function between the last layer and the output, or None.
     """
 
     averaging: float
@@ -105,12 +105,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Worst:
-    """The weighted call that gets least.
+    """Weighted call with the smallest gradient.
 
     Attributes:
-        site: its name.
-        step: which of its calls.
-        decades: how far it is below the one that gets most.
+        site: name of the call's site.
+        step: index of the call at that site.
+        decades: decades below the call with the largest gradient.
     """
 
     site: str
@@ -120,40 +120,40 @@ class Worst:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the flow is like, where it breaks, and why.
+    """Verdict on a gradient flow: its state, where it breaks, and why.
 
     Attributes:
         state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``,
-            ``"unconnected"``, or ``"cannot tell"``: within the noise of a limit, or resting on a call that
-            cannot be looked into.
-        fall_decades: decades that the gradient's norm loses from the last hidden boundary to the first one
-            whose weights are trained, without averages over positions; positive: shrinks going back. None
-            without hidden boundaries.
+            ``"unconnected"``, or ``"cannot tell"`` if the flow is within the noise of a limit, or depends on
+            an opaque call.
+        fall_decades: decades that the norm of the gradient loses from the last hidden boundary to the first
+            boundary with trained weights, without averages over positions; positive if it shrinks going back.
+            None without hidden boundaries.
         slope: decades per boundary by least squares, same sign.
-        slope_interval: its 95 % interval.
-        where: the boundary where it breaks, None for a healthy flow.
-        reason: a sentence with the number that says so.
-        cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
-            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to
-            begin with), ``"loss"``, ``"time"``, ``"branch"``, ``"one position"`` (attention over a single
-            one), ``"head"``, ``"batch norm"``, ``"noise"``, ``"opaque"``, ``"unexplained"``; or the function
-            that makes NaN: ``"softmax"``, ``"sqrt"``, ``"div"``, ``"log"``, ``"norm"``.
-        evidence: that number.
+        slope_interval: its 95 % confidence interval.
+        where: boundary at which the flow breaks; None for a healthy flow.
+        reason: the reason in a sentence, with the number behind it.
+        cause: the cause in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
+            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite from
+            the start), ``"loss"``, ``"time"``, ``"branch"``, ``"one position"`` (attention over a single
+            position), ``"head"``, ``"batch norm"``, ``"noise"``, ``"opaque"``, ``"unexplained"``; or the
+            function that produces NaN: ``"softmax"``, ``"sqrt"``, ``"div"``, ``"log"``, ``"norm"``.
+        evidence: the number behind the reason.
         advice: what to do next, in a sentence.
-        agreement: the share of the batches whose own state is the same; None for a single batch.
-        chains: the verdicts on the terms of the loss, each for itself; empty where it is one. The whole has
-            the worst.
-        chain: of a term, the function and the line that make it; summands that one line makes with the same
-            weights (the steps of a recurrence) are one term. Of the whole, the worst term's.
-        starved: weights that get next to nothing while others do, the most starved first.
-        head: what is between the last hidden boundary and the output.
-        worst: the weighted call that gets least.
-        reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one,
-            or where more is left at the first step.
-        score: how well it may learn: 0 is best; minus the decades by which the flow is uneven.
-        hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"``
-            (whose steps do not depend on the gradient's size): what was seen on 200 networks. Empty for a
-            healthy flow.
+        agreement: share of the batches with the same state; None for a single batch.
+        chains: verdicts on the separate terms of the loss; empty if there is only one. The overall verdict is
+            the worst of them.
+        chain: function and line of code of a term; summands of one line with the same weights (the steps of a
+            recurrence) are one term. For the overall verdict, the worst term.
+        starved: weights whose gradient is tiny compared with others, the most starved first.
+        head: head between the last hidden boundary and the output.
+        worst: weighted call with the smallest gradient.
+        reach: time steps until a thousandth of the gradient is left in a recurrent layer; None without such a
+            layer, or if more is left at the first step.
+        score: trainability score: minus the decades by which the flow is uneven; 0 is best.
+        hinders: optimizers that mostly cannot learn with such a flow, of ``"SGD"`` and ``"Adam"`` (whose
+            steps do not depend on the gradient's size), as observed on 200 networks. Empty for a healthy
+            flow.
 
     Example:
         >>> import torch, skipscope as ss
@@ -186,7 +186,7 @@ class Verdict:
 
     @property
     def finding(self) -> str:
-        """The verdict in one sentence: what, where, how much."""
+        """The verdict in one sentence: state, place and size."""
         return finding(self)
 
     def __str__(self) -> str:
@@ -200,26 +200,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GradientFlow(Result):
-    """The gradient on its way back: at each boundary, at each weight, and the verdict. A sequence of its
-    boundaries.
+    """Gradient flow at each boundary and each weight, and the verdict. A sequence of its boundaries.
 
     Attributes:
-        boundaries: in order of execution, the one nearest the input first.
+        boundaries: the boundaries in order of execution, nearest the input first.
         layers: the weights, in the model's order.
-        verdict: what it comes to.
-        chi: the mean change of the squared flow from a boundary to the one before it (geometric; 10 ** (-2
-            slope)).
-        depth_scale: 1/|ln chi|: over so many boundaries the squared flow changes e-fold.
-        product: the product of the factors, which is the flow at the first boundary over that at the last.
+        verdict: the verdict on the flow.
+        chi: geometric mean of the change of the squared flow from a boundary to the previous one, 10 ** (-2
+            slope).
+        depth_scale: 1/|ln chi|, the number of boundaries over which the squared flow changes e-fold.
+        product: product of the factors: the flow at the first boundary over that at the last.
         loss: the loss on the data.
-        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: multiply ``gradient_rms`` with
-            it to get the RMS of dL/d(activation) itself.
-        mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes the modules were in.
-        meaning: ``"as built"``, or what was done to this twin: ``"removed"``, ``"detached"``, ...
-        dtype: the precision the backward pass ran in.
-        batches, samples: how much data it rests on.
-        notes: what else a reader should know.
-        sites: finer than boundaries: every weighted call, inside branches and at each time step.
+        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: ``gradient_rms`` times this
+            norm is the RMS of dL/d(activation) itself.
+        mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes of the modules.
+        meaning: ``"as built"``, or the edit of this twin: ``"removed"``, ``"detached"``, ...
+        dtype: precision of the backward pass.
+        batches, samples: number of batches and samples.
+        notes: further remarks.
+        sites: every weighted call, including those inside branches and at each time step.
 
     Example:
         >>> import torch, skipscope as ss
@@ -256,7 +255,7 @@ class GradientFlow(Result):
         return iter(self.boundaries)
 
     def table(self) -> Table:
-        """One row a boundary; the verdict above."""
+        """Table with a row for each boundary, below the verdict."""
         rows = [
             [b.depth, b.name, b.gradient_rms, b.factor, b.activation_rms, b.state] for b in self.boundaries
         ]
@@ -291,11 +290,13 @@ class GradientFlow(Result):
             notes.append(f"{100 * self.verdict.agreement:.0f} % of the batches have this state.")
         return Table(
             f"Gradient flow: {self.verdict.state}",
-            ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],
-        )  # fmt: skip
+            ["depth", "boundary", "gradient", "factor", "activation", "state"],
+            rows,
+            [*notes, *self.notes],
+        )
 
     def layer_table(self) -> Table:
-        """One row a weight: what the lecture prints, and more."""
+        """Table with a row for each weight, including the mean |dL/dW| printed in the lecture."""
         rows = [
             [w.name, w.weight_grad_mean_abs, w.weight_grad_rms, w.zero_fraction, w.spread, w.state]
             for w in self.layers

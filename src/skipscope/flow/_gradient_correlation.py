@@ -1,9 +1,9 @@
-"""``gradient_correlation``: do near inputs have like gradients? (Balduzzi et al. 2017)
+"""``gradient_correlation``: correlation of input gradients of different samples (Balduzzi et al. 2017).
 
-For each sample i, g_i is the gradient with respect to its input (the first boundary) of one fixed number: the
+For each sample i, g_i is the gradient with respect to its input (the first boundary) of a fixed scalar: the
 loss, or the output along a fixed random direction. The correlation of two samples is the cosine between g_i
-and g_j. Balduzzi find that it falls like 2^-L in plain ReLU networks of depth L, and like 1/sqrt(L) with
-shortcuts.
+and g_j. Balduzzi et al. find that it falls like 2^-L in plain ReLU networks of depth L, and like 1/sqrt(L)
+with shortcuts.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def gradient_correlation(
     Local; under FSDP2 collective: every rank calls it.
 
     Args:
-        model: any eager module; as found afterwards. It runs in the modes its modules are in.
-        data: as everywhere; the first batch is used, and needs two samples or more.
-        loss: as everywhere; asked for only with ``of="loss"``, or to find the output.
-        of: what is differentiated: the ``"output"`` along one random direction, the same for every sample
-            (Balduzzi's), or the ``"loss"``, whose targets differ.
-        pairs: at most so many pairs, drawn at random.
-        bins: rows of the summary.
-        seed: of the pairs, the direction, and the random numbers drawn inside.
-        weight: what a batch counts for in the mean over batches.
+        model: any eager module, run in its current modes and restored afterwards.
+        data: see :func:`gradient_flow`; only the first batch is used, with at least two samples.
+        loss: see :func:`gradient_flow`; only needed with ``of="loss"``, or to find the output.
+        of: scalar to differentiate: the ``"output"`` along a random direction common to all samples (as in
+            Balduzzi et al.), or the ``"loss"``, whose targets differ.
+        pairs: most pairs, drawn at random.
+        bins: number of rows in the summary.
+        seed: seed of the pairs, the direction and the random numbers drawn inside.
+        weight: batch -> its weight in the mean over batches.
 
     Raises:
         SkipscopeError: fewer than two samples, or no gradient reaches the input.
@@ -94,7 +94,7 @@ def gradient_correlation(
 def _gradients(
     model: nn.Module, batch: Batch, objective: Any, point: Any, of: str, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The activations at a boundary and the gradient with respect to them, a row a sample."""
+    """Activations at a boundary and the gradient with respect to them, with a row for each sample."""
     reached: list[Tensor] = []
     outputs: list[Any] = []
 
@@ -126,9 +126,11 @@ def _gradients(
         raise backward_error("gradient_correlation", error) from error
     if gradient is None:
         raise SkipscopeError(
-            "gradient_correlation", f"no gradient reaches {point.name}", layer=point.name,
+            "gradient_correlation",
+            f"no gradient reaches {point.name}",
+            layer=point.name,
             cure="ss.gradient_flow says where the network comes apart",
-        )  # fmt: skip
+        )
     return reached[0].detach(), gradient
 
 

@@ -1,4 +1,4 @@
-"""``gradient_flow``: readings at the boundaries, three kinds of zero, and the verdict on them."""
+"""``gradient_flow``: gradient readings at the boundaries, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -42,23 +42,22 @@ def gradient_flow(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> GradientFlow:
-    """Read the gradient on its way back through a network, and say what it is like.
+    """Measure the gradient on its way back through a network, and judge it.
 
-    The flow at a boundary is the RMS over all elements of dL/d(activation) there, squares summed in float64,
-    with |dL/d(output)| set to 1. The modules run in the modes they are in. Called inside ``torch.autocast``
-    it measures what autocast does. Local: a model wrapped in DDP is measured as itself, on this rank's data.
-    Under FSDP2 collective: every rank calls it; boundaries are of this rank's data, a weight's gradient is
-    the mean over ranks that training has.
+    The flow at a boundary is the RMS over all elements of dL/d(activation), with squares summed in float64
+    and |dL/d(output)| set to 1. Modules run in their current modes. Inside ``torch.autocast`` the effect of
+    autocast is measured. Local: a model wrapped in DDP is measured without the wrapper, on this rank's data.
+    Under FSDP2 collective: every rank calls it; boundaries are of this rank's data, and the gradient of a
+    weight is the mean over ranks, as in training.
 
     Args:
-        model: any eager module; as found afterwards.
+        model: any eager module, restored afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        found: shortcuts already found, whose merges are the boundaries; found by default.
-        scaler: the training loop's ``torch.amp.GradScaler``, so that underflow is judged at the scale it
-            sets.
-        seed: of the random numbers drawn inside (dropout).
-        weight: what a batch counts for in the mean over batches.
+        loss: ``loss(output, target)``; not needed if the output carries ``.loss``.
+        found: shortcuts from ``find_shortcuts``, whose merges are the boundaries; by default they are found.
+        scaler: ``torch.amp.GradScaler`` of the training loop, so that underflow is judged at its scale.
+        seed: seed of the random numbers drawn inside (dropout).
+        weight: batch -> its weight in the mean over batches.
 
     Returns:
         The flow at each boundary, the gradient of each weight, and the verdict.
@@ -79,9 +78,7 @@ def gradient_flow(
 
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
-    """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or
-    collective.
-    """
+    """Run :func:`gradient_flow` on a prepared subject; ``scale`` is the loss scale. Local, or collective."""
     subject = subject.with_own_inputs()
     read = _Measurement(subject, seed, scale)
     chains = [_Measurement(subject, seed, scale, term.name, read) for term in read.readings.terms]
@@ -92,10 +89,11 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
         )
         read.notes += tuple(
             f"{term.name} does not reach {_few(one.elsewhere)}: {one.readings.cuts[-1][1]} lets no gradient"
-            " through. Another term does, so this is taken as meant."
-            for one, term in zip(chains, read.readings.terms) if one.elsewhere and one.readings.cuts
-        )  # fmt: skip
-        # A term may be silent on these batches by its own clamp or margin, and no fault of the network.
+            " through. Another term does, so this is assumed to be intended."
+            for one, term in zip(chains, read.readings.terms)
+            if one.elsewhere and one.readings.cuts
+        )
+        # A term may have no gradient on these batches because of its clamp or margin, which is no defect.
         speaking = [
             v for v, term in zip(verdicts, read.readings.terms) if not (term.clamped and v.cause == "loss")
         ]
@@ -104,15 +102,15 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
 
 
 class _Measurement:
-    """The readings of a loss, or of one of its terms, with what else must be measured to judge them.
+    """Readings of a loss or of one of its terms, with the further measurements needed for a verdict.
 
     Attributes:
-        readings: in the model's own precision.
-        exact: in float64, where something is 0 that may be too small for its dtype.
-        settled: where what starts at zero by design has moved.
-        notes: what was noticed.
-        whole: the measurement of all terms, where this is one of them.
-        elsewhere: weighted calls that this term does not reach, and another one does.
+        readings: readings in the model's own precision.
+        exact: readings in float64, or None if no zero may be an underflow.
+        settled: readings after tensors that start at zero by design have moved.
+        notes: remarks for the result.
+        whole: measurement of all terms, or None if this is not a single term.
+        elsewhere: weighted calls that get no gradient from this term, but from another.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class _Measurement:
         self.notes = notes + more
 
     def _keeper(self, batches: list[Evidence]) -> Callable[[Readings], None] | None:
-        """A callback that stores the evidence of each of several batches."""
+        """A callback that stores the evidence of each batch, or None for a single batch."""
         if self.subject.data.single or self.subject.ranks:
             return None
         return lambda one: batches.append(self._evidence(one, one))
@@ -148,21 +146,21 @@ class _Measurement:
                 )
         sizes = _sizes(self.subject.model, settled)
         if self.whole is not None:
-            # Of a term at one point (a boundary condition at 0) the first weight may get exactly 0.
+            # A term at a single point (a boundary condition at 0) may give the first weight exactly 0.
             sizes = {n: v for n, v in sizes.items() if not self._is_trained_elsewhere(n, settled)}
         found = evidence_of(seen, points, kept, exact or readings, settled, sizes)
         if self.whole is None:
             return found
         if not seen:
-            # No boundary is this term's: it trains a table, say, that no layer comes before.
+            # This term reaches no boundary: it may train an embedding table without layers before it.
             found = replace(found, lines=((Point("output", "ok", 0.0, hidden=False),),))
-        # The weights of a chain are those that it trains: a codebook has a term of its own.
+        # Only weights that get a gradient from another term count as elsewhere: a codebook has its own term.
         lost = set(self.whole.unreached)
         self.elsewhere = tuple(name for name in found.unconnected if name not in lost)
         return replace(found, unconnected=tuple(name for name in found.unconnected if name in lost))
 
     def _is_trained_elsewhere(self, name: str, readings: Readings) -> bool:
-        """Whether a weight gets exactly 0 here, and something from another term."""
+        """Whether a weight gets exactly 0 from this term, but not from another."""
         assert self.whole is not None
         mine, all_terms = readings.weights[name], self.whole.readings.weights[name]
         return not any(mine.rms) and any(all_terms.rms)
@@ -172,20 +170,20 @@ class _Measurement:
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """Trained weighted calls of which no weight gets a gradient."""
+        """Trained weighted calls without a gradient for any of their weights."""
         got = {name for name, weight in self.readings.weights.items() if weight.total is not None}
         return tuple(s.name for s in self.readings.sites if s.trained and not set(s.weights) & got)
 
     def verdict(self) -> Verdict:
-        """Judge the readings; run a second pass for the cause where there is trouble."""
+        """Judge the readings, with a second pass to find the cause if the flow is not healthy."""
         points, readings, batches = self.subject.boundaries, self.readings, self.batches
         merges = sum(p.kind == "merge" for p in points)
         context = FlowContext(2 * merges > len(points), readings.normed, _dtype_name(readings))
         evidence = self._evidence(readings, self.settled, self.exact)
         verdict = judge_chain(evidence, {}, context)
         if verdict.state != "healthy" and self.settled is not readings:
-            # Trouble that goes as soon as what starts at zero has moved is none: a zero head, a layer scale
-            # of 1e-5.
+            # A fault that disappears once tensors starting at zero have moved does not count: a
+            # zero-initialised head, a layer scale of 1e-5.
             moved = self._evidence(self.settled, self.settled)
             other = judge_chain(moved, {}, context)
             if worst([other, verdict]) is verdict:
@@ -199,7 +197,7 @@ class _Measurement:
     def _explained(
         self, verdict: Verdict, evidence: Evidence, readings: Readings, context: FlowContext
     ) -> Verdict:
-        """The verdict with its cause."""
+        """Complete a verdict by its cause, from further passes if necessary."""
         subject, spread = self.subject, bool(self.subject.ranks)
         if verdict.state in {"healthy", "cannot tell"} and not spread and not readings.squashed:
             return verdict
@@ -220,7 +218,7 @@ class _Measurement:
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
-    """L2 norm of each weight: of a lookup's used rows; as :func:`size_of` has it."""
+    """Reference norm of each weight by :func:`size_of`, for an embedding of its used rows only."""
     found = {}
     tables = {name for site in readings.sites if site.function in LOOKUPS for name in site.weights}
     for name, p in model.named_parameters():
@@ -235,7 +233,7 @@ def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
 
 
 def _needs_gains(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
-    """Whether stretches can tell: along shortcuts they do so only of a step that ends at none."""
+    """Whether the gains of stretches can explain a verdict: with shortcuts, only if no merge follows."""
     if verdict.state not in {"vanishing", "exploding"}:
         return verdict.state == "dead"
     if verdict.cause in {"time", "branch"}:
@@ -253,22 +251,22 @@ def _few(names: Sequence[str]) -> str:
 
 
 def mode_of(model: nn.Module) -> ModelMode:
-    """``"train"``, ``"eval"`` or ``"mixed"``."""
+    """Mode of a model's modules: ``"train"``, ``"eval"`` or ``"mixed"``."""
     modes = {module.training for module in model.modules()}
     return "mixed" if len(modes) > 1 else "train" if modes.pop() else "eval"
 
 
 def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[VerdictCause, str] | None:
-    """What is not a number before anything is computed; or the loss, where all activations are finite."""
+    """The weights or data that are not finite from the start, or a loss that alone is not finite; or None."""
     order = {name: site.order for site in reversed(readings.sites) for name in site.weights}
     weights = sorted(model.named_parameters(), key=lambda named: order.get(named[0], len(order)))
     if name := _first_nan(weights):
         return "weights", f"{name} holds NaN"
-    # Infinities are no mistake in a mask; at the first boundary they are one.
+    # Infinities are valid in a mask, but not at the first boundary.
     given = [tensor for batch in batches for tensor in tensors_in(batch)]
     if any(bool(tensor.isnan().any()) for tensor in given) or not readings.activations[0].finite:
         return "data", "the data hold values that are not finite"
-    # After the data: on a copy the running statistics have met them already.
+    # Buffers are checked after the data, because running statistics of a copy already include the data.
     if name := _first_nan(model.named_buffers()):
         return "weights", f"{name} holds NaN"
     if all(a.finite for a in readings.activations) and not math.isfinite(readings.loss):
@@ -284,7 +282,7 @@ def _first_nan(named: Iterable[tuple[str, Any]]) -> str | None:
     return None
 
 
-# --- putting it together ----------------------------------------------------------------------------------
+# --- putting it together ---
 
 
 def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: float) -> GradientFlow:
@@ -327,7 +325,7 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
 
 
 def _rows(subject: Subject, read: _Measurement, unit: float) -> tuple[list[BoundaryFlow], list[str]]:
-    """What was read at each boundary, in units of the output's gradient; and which were not reached."""
+    """Rows of the boundaries, in units of the output's gradient, and the names of boundaries not reached."""
     readings = read.readings
     flow = [boundary_state(readings, read.exact, i) for i in range(len(subject.boundaries))]
     values = [None if value is None else value / unit for _, value in flow]
@@ -358,13 +356,13 @@ def _rows(subject: Subject, read: _Measurement, unit: float) -> tuple[list[Bound
 
 
 def _product(rows: list[BoundaryFlow]) -> float | None:
-    """The flow at the first boundary over that at the last."""
+    """Flow at the first boundary over flow at the last."""
     there = [row.gradient_rms for row in rows if row.gradient_rms]
     return there[0] / there[-1] if there else None
 
 
 def _sites(readings: Readings, unit: float) -> tuple[SiteFlow, ...]:
-    """Every weighted call; a fused recurrent layer's steps by the gradient of its input."""
+    """Rows of all weighted calls; for a fused recurrent layer, of each time step of its input."""
     found = []
     for s in readings.sites:
         rms = s.norm / math.sqrt(s.elements) / unit if s.seen and s.elements else None
@@ -377,7 +375,7 @@ def _sites(readings: Readings, unit: float) -> tuple[SiteFlow, ...]:
 
 
 def _unused(readings: Readings) -> tuple[str, ...]:
-    """Weights of parts that the forward pass did not call."""
+    """Weights of modules that the forward pass did not call."""
     if readings.graph is None:
         return ()
     called = {name for site in readings.sites for name in site.weights}

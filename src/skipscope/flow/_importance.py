@@ -1,4 +1,4 @@
-"""``importance``: the cost of each shortcut and each branch, taken out alone, in loss and in flow."""
+"""``importance``: the cost in loss and in flow of removing each shortcut and each branch alone."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def importance(
     weight: Callable[[Batch], float] | None = None,
     allow_empty: bool = False,
 ) -> Importance:
-    """Remove each shortcut alone, lesion each branch alone (Veit et al. 2016), and measure what either costs.
+    """Remove each shortcut alone, lesion each branch alone (Veit et al. 2016), and measure the costs.
 
-    From the weights as they are: nothing is trained. The twins share the model's parameters. Local.
+    Nothing is trained. The twins share the model's parameters. Local.
 
     Args:
-        model: any eager module; as found afterwards. It runs in the modes its modules are in.
+        model: any eager module, run in its current modes and restored afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        found: the shortcuts to try; all that are found by default.
-        seed: of the random numbers drawn inside (dropout).
-        weight: what a batch counts for in the mean over batches.
-        allow_empty: where there is no shortcut to try, return an empty ranking instead of refusing.
+        loss: ``loss(output, target)``; not needed if the output carries ``.loss``.
+        found: shortcuts to try; by default all shortcuts found.
+        seed: seed of the random numbers drawn inside (dropout).
+        weight: batch -> its weight in the mean over batches.
+        allow_empty: whether to return an empty ranking instead of an error if there are no shortcuts.
 
     Raises:
         SkipscopeError: data, loss or model cannot be read; the loss has no gradient; there is no shortcut to
-            try, or those given were found on another architecture.
+            try, or the shortcuts given were found on another architecture.
 
     Example:
         >>> import torch, skipscope as ss
@@ -60,19 +60,21 @@ def importance(
     chosen = subject.found if found is None else found
     if not len(chosen) and not allow_empty:
         raise SkipscopeError(
-            "importance", "there is no shortcut to try", expected="at least one shortcut",
+            "importance",
+            "there is no shortcut to try",
+            expected="at least one shortcut",
             got=f"{type(subject.model).__name__}: {len(subject.found)} found, none chosen",
             cure="look at ss.find_shortcuts(model, inputs); allow_empty=True gives an empty ranking",
-        )  # fmt: skip
+        )
     refuse_another_architecture(subject.model, chosen, "importance")
     return importance_of(subject, chosen, seed)
 
 
 def importance_of(subject: Subject, found: Any = None, seed: int = 0) -> Importance:
-    """:func:`importance` of what is prepared: of the shortcuts in ``found``, or all. Local."""
+    """Run :func:`importance` on a prepared subject, for the shortcuts in ``found``, or for all. Local."""
     subject = subject.with_own_inputs()
     model, chosen = subject.model, subject.found if found is None else found
-    # The twins share the model's parameters: it is held as found around them all.
+    # The twins share the model's parameters, so the model is restored after all of them.
     with one_snapshot(model), untouched(model, seed=seed, operation="importance"):
         return _importance(subject, chosen, seed)
 
@@ -101,7 +103,7 @@ def _importance(subject: Subject, chosen: Any, seed: int) -> Importance:
 def _importance_of_one(
     subject: Subject, edit: Any, before: GradientFlow, copied: nn.Module | None, stale: bool, seed: int
 ) -> ImportanceOf:
-    """What one shortcut is worth. ``copied``: a copy on which edits can be switched, or None."""
+    """Measure the costs of one shortcut. ``copied`` is a copy on which edits can be switched, or None."""
     costs, reasons, model = {}, [], subject.model
     for how in ("remove", "lesion"):
         try:
@@ -125,7 +127,7 @@ def _flow(subject: Subject, twin: nn.Module, stale: bool, seed: int) -> Gradient
 
 
 def cost(before: GradientFlow, after: GradientFlow) -> Cost:
-    """What changed from one measurement to another."""
+    """Cost of an edit from the measurements before and after it."""
     was, now = before.verdict.fall_decades, after.verdict.fall_decades
     change = None if was is None or now is None else now - was
     return Cost(after.loss, after.loss - before.loss, now, change, after.verdict.state)

@@ -1,8 +1,8 @@
-"""Live recording of the gradients an optimizer receives, and of the flow behind them.
+"""Live recording of the gradients that an optimizer receives, and of the gradient flow behind them.
 
-``watch`` listens where the optimizer steps (``_step_recorder``), reads the gradients in one pass
-(``_gradient_norms``, ``_step_row``), keeps them in columns (``_row_files``, ``_run_store``) and judges them
-by the rule of ``skipscope.flow`` (``_live_verdict``).
+``watch`` hooks the optimizer's step (``_step_recorder``), reads the gradients in one pass
+(``_gradient_norms``, ``_step_row``), stores them in columns (``_row_files``, ``_run_store``) and judges them
+by the rules of ``skipscope.flow`` (``_live_verdict``).
 """
 
 from skipscope.monitor._record import Record as Record

@@ -1,4 +1,4 @@
-"""One recorded step as sinks receive it, and as scalars for a logger."""
+"""Recorded step for sinks, and its scalars for loggers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One recorded step, as sinks get it.
+    """A recorded step, as sinks receive it.
 
     Attributes:
-        optimizer, step, seconds: which optimizer, its step, seconds since the watch began.
-        names: of its parameters; ``[P]``.
-        rms, mean_abs, norm_before_clip: of each gradient; NaN where there is none, or where it is unknown;
-            ``[P]``.
-        states: in words; ``[P]``.
+        optimizer: index of the optimizer.
+        step: step of that optimizer.
+        seconds: seconds since the watch began.
+        names: names of its parameters; ``[P]``.
+        rms, mean_abs, norm_before_clip: RMS, mean |g| and norm before clipping of each gradient; NaN if there
+            is no gradient or the value is unknown; ``[P]``.
+        states: state of each gradient; ``[P]``.
         total_norm: L2 norm of all gradients together.
-        total_before_clip: what ``clip_grad_norm_`` found; NaN where unknown.
-        loss_scale: GradScaler's, already divided out; NaN without one.
-        skipped: GradScaler skipped this step.
-        verdict: as it was before this step.
+        total_before_clip: total norm measured by ``clip_grad_norm_``; NaN if unknown.
+        loss_scale: scale of GradScaler, already divided out; NaN without a scaler.
+        skipped: whether GradScaler skipped this step.
+        verdict: verdict before this step.
     """
 
     optimizer: int
@@ -47,25 +49,34 @@ class Record:
 
     @classmethod
     def of(cls, optimizer: int, tracked: TrackedParameters, row: np.ndarray, verdict: LiveVerdict) -> Record:
-        """From a row of the history."""
+        """Build a record from a row of the history."""
         P, S = len(tracked.names), len(SCALARS)
         norm, mean, before = (row[S + k * P : S + (k + 1) * P] for k in range(3))
         scalars = dict(zip(SCALARS, row.tolist()))
         states = states_of(mean, np.array(tracked.tiny))
         return cls(
-            optimizer, int(scalars["step"]), scalars["seconds"], tracked.names,
-            norm / np.sqrt(tracked.sizes), np.where(mean < 0, np.nan, mean), before,
-            tuple(STATES[int(code)] for code in states), float(total_of(norm, states)),
-            scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
-        )  # fmt: skip
+            optimizer,
+            int(scalars["step"]),
+            scalars["seconds"],
+            tracked.names,
+            norm / np.sqrt(tracked.sizes),
+            np.where(mean < 0, np.nan, mean),
+            before,
+            tuple(STATES[int(code)] for code in states),
+            float(total_of(norm, states)),
+            scalars["total_before_clip"],
+            scalars["loss_scale"],
+            bool(scalars["skipped"]),
+            verdict,
+        )
 
 
 def scalars(record: Record, *, parameters: bool) -> dict[str, float]:
-    """A record as loggers of scalars take it; what is not finite is left out, for most cannot draw it.
+    """Scalars of a record by name; values that are not finite are left out, because most loggers refuse them.
 
     Args:
-        record: a step.
-        parameters: each parameter's RMS and mean |g| as well.
+        record: the recorded step.
+        parameters: whether to include the RMS and mean |g| of each parameter.
     """
     which = f"optimizer{record.optimizer}/" if record.optimizer else ""
     values = {

@@ -1,8 +1,9 @@
-"""Where a monitor reports as it goes: what a sink is, the terminal, and JSON lines."""
+"""Sinks for a monitor's reports: the protocol, terminal, JSON lines, CSV and functions."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -20,43 +21,43 @@ from skipscope.monitor.history import History, VerdictEvent
 
 @runtime_checkable
 class Sink(Protocol):
-    """What receives a monitor's reports, on rank 0. One that raises is dropped with a warning."""
+    """Receiver of a monitor's reports, on rank 0. A sink that raises is dropped with a warning."""
 
     def open(self, notes: list[str]) -> None:
-        """The watch begins."""
+        """Called when the watch begins."""
         ...
 
     def step(self, record: Record) -> None:
-        """A step was recorded."""
+        """Called after each recorded step."""
         ...
 
     def event(self, event: VerdictEvent) -> None:
-        """The state changed."""
+        """Called when the state of the verdict changes."""
         ...
 
     def close(self, history: History) -> None:
-        """The watch ends."""
+        """Called when the watch ends."""
         ...
 
 
 class Terminal:
-    """A line every few recorded steps, a line when the state changes; the same on a terminal and in a pipe.
+    """Sink that prints a line every few recorded steps and whenever the state changes.
 
     Args:
-        every: recorded steps from one line to the next.
-        file: where to; standard error by default.
+        every: number of recorded steps between lines.
+        file: output stream; standard error by default.
     """
 
     def __init__(self, every: int = 50, file: IO[str] | None = None):
         self.every, self.file, self._count = every, file, 0
 
     def open(self, notes: list[str]) -> None:
-        """Say what a reader should know."""
+        """Print the notes."""
         for note in notes:
             self._say(f"watching: {note}")
 
     def step(self, record: Record) -> None:
-        """A line now and then."""
+        """Print a line every few recorded steps."""
         if self._count % self.every == 0 or record.skipped:
             clip = record.total_before_clip
             parts = [f"|g| {short(record.total_norm)}"]
@@ -68,11 +69,11 @@ class Terminal:
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The change, in a line."""
+        """Print the change of the state."""
         self._say(str(event))
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Print the number of steps and the last verdict."""
         self._say(f"{len(history):,} steps recorded. {history.verdict}")
 
     def _say(self, text: str) -> None:
@@ -80,10 +81,12 @@ class Terminal:
 
 
 class JsonLines:
-    """One JSON object a recorded step or event, one a line, each flushed; what is not finite is null.
+    """Sink that writes a line of JSON per recorded step or event; numbers that are not finite become null.
+
+    Each line is flushed.
 
     Args:
-        path: the file; appended to.
+        path: file to append to.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -91,38 +94,52 @@ class JsonLines:
         self._file = _opened(path)
 
     def open(self, notes: list[str]) -> None:
-        """The notes."""
+        """Write the notes."""
         self._write({"kind": "open", "notes": notes})
 
     def step(self, record: Record) -> None:
-        """The step with every parameter's numbers."""
+        """Write the step with the numbers of every parameter."""
         self._write(
             {
-                "kind": "step", "optimizer": record.optimizer, "step": record.step, "seconds": record.seconds,
-                "total_norm": record.total_norm, "total_before_clip": record.total_before_clip,
-                "loss_scale": record.loss_scale, "skipped": record.skipped, "verdict": record.verdict.state,
+                "kind": "step",
+                "optimizer": record.optimizer,
+                "step": record.step,
+                "seconds": record.seconds,
+                "total_norm": record.total_norm,
+                "total_before_clip": record.total_before_clip,
+                "loss_scale": record.loss_scale,
+                "skipped": record.skipped,
+                "verdict": record.verdict.state,
                 "parameters": {
                     name: {"rms": rms, "mean_abs": mean, "norm_before_clip": before, "state": state}
                     for name, rms, mean, before, state in zip(
-                        record.names, record.rms.tolist(), record.mean_abs.tolist(),
-                        record.norm_before_clip.tolist(), record.states,
+                        record.names,
+                        record.rms.tolist(),
+                        record.mean_abs.tolist(),
+                        record.norm_before_clip.tolist(),
+                        record.states,
                     )
                 },
             }
-        )  # fmt: skip
+        )
 
     def event(self, event: VerdictEvent) -> None:
-        """The change."""
+        """Write the change of the state."""
         verdict = event.verdict
         self._write(
             {
-                "kind": "event", "step": event.step, "before": event.before, "state": verdict.state,
-                "basis": verdict.basis, "where": verdict.where, "reason": verdict.reason,
+                "kind": "event",
+                "step": event.step,
+                "before": event.before,
+                "state": verdict.state,
+                "basis": verdict.basis,
+                "where": verdict.where,
+                "reason": verdict.reason,
             }
-        )  # fmt: skip
+        )
 
     def close(self, history: History) -> None:
-        """The last verdict; the file is closed."""
+        """Write the last verdict and close the file."""
         self._write({"kind": "close", "recorded": len(history), "state": history.verdict.state})
         self._file.close()
 
@@ -137,7 +154,7 @@ def _opened(path: str | os.PathLike[str]) -> IO[str]:
     except OSError as error:
         raise SkipscopeError(
             "watch", f"cannot write {path}: {error.strerror}", cure="choose a file in a folder that exists"
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _finite(value: Any) -> Any:
@@ -147,13 +164,12 @@ def _finite(value: Any) -> Any:
 
 
 class Csv:
-    """A table that pandas reads at once: a line for each parameter of each recorded step, and one for the
-    whole.
+    """Sink that writes a CSV table for pandas: per recorded step a row for each parameter, and a total row.
 
-    In the whole's line ``parameter`` is empty and ``rms`` holds the total norm.
+    In the total row, ``parameter`` is empty and ``rms`` holds the total norm.
 
     Args:
-        path: the file; appended to.
+        path: file to append to.
     """
 
     COLUMNS = ("step", "optimizer", "seconds", "parameter", "rms", "mean_abs", "norm_before_clip", "state")
@@ -168,7 +184,7 @@ class Csv:
         """Nothing to say."""
 
     def step(self, record: Record) -> None:
-        """The lines of one step."""
+        """Write the rows of a step."""
         start = (record.step, record.optimizer, f"{record.seconds:.3f}")
         self._rows.writerow(
             [*start, "", record.total_norm, "", record.total_before_clip, record.verdict.state]
@@ -176,25 +192,28 @@ class Csv:
         self._rows.writerows(
             [*start, *line]
             for line in zip(
-                record.names, record.rms.tolist(), record.mean_abs.tolist(), record.norm_before_clip.tolist(),
+                record.names,
+                record.rms.tolist(),
+                record.mean_abs.tolist(),
+                record.norm_before_clip.tolist(),
                 record.states,
             )
-        )  # fmt: skip
+        )
         self._file.flush()
 
     def event(self, event: VerdictEvent) -> None:
-        """Nothing: the state stands in the whole's line."""
+        """Do nothing: the state is in the total row."""
 
     def close(self, history: History) -> None:
-        """The file is closed."""
+        """Close the file."""
         self._file.close()
 
 
 class Function:
-    """A sink of one function.
+    """Sink that calls a function.
 
     Args:
-        call: called with the step and its numbers by name at every recorded step.
+        call: function of the step and its scalars by name, called at every recorded step.
     """
 
     def __init__(self, call: Callable[[int, dict[str, float]], Any]):
@@ -204,22 +223,22 @@ class Function:
         """Nothing to say."""
 
     def step(self, record: Record) -> None:
-        """The numbers."""
+        """Call the function with the scalars of the step."""
         self.call(record.step, scalars(record, parameters=True))
 
     def event(self, event: VerdictEvent) -> None:
-        """Nothing: events are no numbers."""
+        """Do nothing: events are not scalars."""
 
     def close(self, history: History) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
-    """A sink, or what its short name stands for.
+    """Convert a short name or a function to a sink; a sink is returned unchanged.
 
     Raises:
-        SkipscopeError: no such sink.
-        MissingExtra: its package is not installed.
+        SkipscopeError: the sink is unknown.
+        MissingExtra: the package of the sink is not installed.
     """
     if not isinstance(sink, str):
         if isinstance(sink, Sink):
@@ -233,32 +252,25 @@ def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
             got=repr(sink)[:60],
             cure='sinks=["terminal"], or sinks=[lambda step, values: ...]',
         )
-    kind, _, rest = sink.partition(":")
+    name, _, rest = sink.partition(":")
+    ending = Path(sink).suffix.lower()
     if sink == "terminal":
         return Terminal()
-    if sink.endswith(".jsonl"):
-        return JsonLines(sink)
-    if sink.endswith(".csv"):
-        return Csv(sink)
-    if kind == "tensorboard":
-        from skipscope.monitor.tensorboard import TensorBoard
-
-        return TensorBoard(rest or "runs")
-    if kind == "wandb":
-        from skipscope.monitor.wandb import WandB
-
-        return WandB()
-    if kind == "mlflow":
-        from skipscope.monitor.mlflow import MLflow
-
-        return MLflow()
-    if kind == "trackio":
-        from skipscope.monitor.trackio import Trackio
-
-        return Trackio()
+    if ending in _BY_ENDING:
+        return _BY_ENDING[ending](sink)
+    if name in _BY_NAME and (not rest or name == "tensorboard"):
+        adapter = getattr(importlib.import_module(f"skipscope.monitor.{name}"), _BY_NAME[name])
+        return adapter(rest) if rest else adapter()
     raise SkipscopeError(
         "watch",
         f"there is no sink {sink!r}",
-        expected="terminal, FILE.jsonl, FILE.csv, tensorboard:FOLDER, wandb, mlflow, trackio, or an object",
-        cure='sinks=["terminal"]',
+        expected=", ".join(SINKS) + ", any callable(step, values), or an object",
+        cure=f'sinks=["run.{sink}"]' if f".{sink}" in _BY_ENDING else 'sinks=["terminal"]',
     )
+
+
+# Sinks by file extension, and by the name of their module in this package.
+_BY_ENDING: dict[str, Callable[[str], Sink]] = {".jsonl": JsonLines, ".csv": Csv}
+_BY_NAME = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
+# Short names as a user writes them, for the error and the documentation.
+SINKS = ("terminal", "run.jsonl", "run.csv", "tensorboard:FOLDER", "wandb", "mlflow", "trackio")

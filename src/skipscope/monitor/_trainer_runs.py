@@ -1,4 +1,4 @@
-"""What a trainer's callback hands to ``watch``: the trainer's step, and a folder for each run."""
+"""Helpers for trainer callbacks: the options of ``watch`` for each run, and the latest total norms."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 def options_of_run(options: dict[str, Any], step: int) -> dict[str, Any]:
-    """The options of ``watch`` for a training that begins at the trainer's ``step``.
+    """Options of ``watch`` for a training that begins at the trainer's ``step``.
 
-    A folder that already holds a history is gone on with where the trainer resumes, or where ``resume=True``
-    asks for it; else the new run gets ``folder/2``, ``folder/3``, ...
+    If the folder already holds a history, it is continued if the trainer resumes or with ``resume=True``;
+    otherwise the new run gets ``folder/2``, ``folder/3``, ...
 
     Args:
-        options: as for ``watch``; ``resume`` may be None, its default: as the trainer does.
-        step: steps that the trainer has made before.
+        options: options of ``watch``; ``resume=None``, the default, resumes if the trainer does.
+        step: number of steps that the trainer has already made.
     """
     chosen = {**options, "first_step": step}
     resume = chosen.pop("resume", None)
@@ -30,7 +30,7 @@ def options_of_run(options: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _latest_and_unused(folder: Path) -> tuple[Path | None, Path]:
-    """The last of ``folder``, ``folder/2``, ... that holds a history, and the first that holds none."""
+    """The last of ``folder``, ``folder/2``, ... with a history (or None), and the first without."""
     latest, candidate, n = None, folder, 1
     while (candidate / "monitor.json").exists():
         latest, n = candidate, n + 1
@@ -45,19 +45,19 @@ class LastNumbers:
         self._values: dict[str, float] = {}
 
     def open(self, notes: list[str]) -> None:
-        """Nothing to keep."""
+        """Do nothing: there is nothing to keep."""
 
     def step(self, record: Record) -> None:
-        """Keep the numbers; those of several optimizers stand side by side."""
+        """Keep the total norms; those of several optimizers are merged."""
         self._values.update(scalars(record, parameters=False))
 
     def event(self, event: VerdictEvent) -> None:
-        """Nothing to keep: events are no numbers."""
+        """Do nothing: events are not scalars."""
 
     def close(self, history: History) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def take(self) -> dict[str, float]:
-        """What has come since the last time."""
+        """Return the scalars since the last call, and clear them."""
         values, self._values = self._values, {}
         return values

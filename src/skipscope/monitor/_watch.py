@@ -1,4 +1,4 @@
-"""``watch``: one line around an ordinary training loop."""
+"""``watch``: live recording of gradients in an ordinary training loop."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ from skipscope.monitor.recording._weight_lines import LineSearch
 from skipscope.monitor.recording._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
-# The verdict is judged again at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not
+# The verdict is updated at rows 1, 2, 4, 8, ..., then at every 64th row, and at once when a gradient is not
 # finite.
 _JUDGE_EVERY = 64
-# Steps between two verdicts on the flow, after the first few; ``monitor.verdict`` is up to date at any time.
+# Steps between two verdicts on the flow, after the first few; reading ``monitor.verdict`` always updates it.
 _JUDGE_FLOW_EVERY = 8
-# In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones
-# are looked into.
+# In the first recorded steps, tensors that start at zero by design may block gradients; and in a few of these
+# steps the causes of missing gradients are searched.
 _EARLY_ROWS, _SEARCHES = 8, 3
 
 
 class Monitor:
-    """A live recording; made by :func:`watch`, and a context manager.
+    """Live recording of a training, created by :func:`watch`; a context manager.
 
     Attributes:
-        history: everything recorded so far, a :class:`History`. Waits for numbers on their way from an
+        history: everything recorded so far, a :class:`History`. Waits for pending transfers from an
             accelerator.
-        verdict: the verdict so far, a :class:`LiveVerdict`; says what it rests on.
+        verdict: the verdict so far, a :class:`LiveVerdict`, with its basis.
 
     Example:
         >>> import torch, skipscope as ss
@@ -69,11 +69,19 @@ class Monitor:
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module],
-        optimizers: Sequence[tuple[torch.optim.Optimizer, tuple[Any, ...]]], *, every: int, keep: int | None,
-        sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
-        flow_every: int | None, first_step: int | None, resume: bool,
-    ):  # fmt: skip
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Sequence[tuple[torch.optim.Optimizer, tuple[Any, ...]]],
+        *,
+        every: int,
+        keep: int | None,
+        sinks: Sequence[Sink],
+        folder: Path | None,
+        on_verdict: Sequence[Callable[[VerdictEvent], Any]],
+        flow_every: int | None,
+        first_step: int | None,
+        resume: bool,
+    ):
         self._first = world()[0] == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
         self._verdict = _live_verdict.UNKNOWN
@@ -91,9 +99,13 @@ class Monitor:
         self._flow = None
         if flow_every is not None:
             self._flow = FlowReader(
-                next(iter(models.values())), self._parameters_of_flow(), flow_every, self._deliver_flow,
-                self._flow_read, begun_at,
-            )  # fmt: skip
+                next(iter(models.values())),
+                self._parameters_of_flow(),
+                flow_every,
+                self._deliver_flow,
+                self._flow_read,
+                begun_at,
+            )
         for recorder in self._recorders:
             recorder.received, recorder.stepped = self._received, self._stepped
         self._tracked = [recorder.tracked for recorder in self._recorders]
@@ -105,7 +117,7 @@ class Monitor:
         self._zeros: dict[int, list[Tensor]] | None = None
         self._line_search: LineSearch | None = None
         self._line_owners: set[int] = set()  # whose step the search still waits for
-        # Every rank must come to the same verdict, and only this one's forward pass is seen.
+        # All ranks must reach the same verdict, but a rank observes only its own forward passes.
         self._lines_wanted, self._lines_sought, self._lines_known = False, world()[1] > 1, False
         self._silent: set[str] = set()  # parameters that had no gradient in the first steps
         self._tiny: bool | None = None  # whether scales that are tiny by design hold branches back
@@ -134,7 +146,7 @@ class Monitor:
         return self._verdict
 
     def close(self) -> None:
-        """Stop; leave torch, model and optimizers as found, and close files. May be called twice."""
+        """Stop recording, restore torch, models and optimizers, and close files. May be called twice."""
         if not self._open:
             return
         self._open = False
@@ -155,20 +167,20 @@ class Monitor:
         self._store.close(self._verdict)
 
     def watches(self, optimizer: Any) -> bool:
-        """Whether a step of ``optimizer``, perhaps a wrapper, is recorded here."""
+        """Whether steps of ``optimizer``, or of the optimizer that it wraps, are recorded here."""
         return self._open and any(recorder.is_step_of(optimizer) for recorder in self._recorders)
 
     def reads_flow_of(self, model: nn.Module) -> bool:
-        """Whether the flow of ``model`` is read here."""
+        """Whether this monitor reads the flow of ``model``."""
         return self._open and self._flow is not None and self._flow.model is innermost(model)
 
     def replaced(self) -> None:
-        """Close, for a later ``watch`` takes over."""
+        """Close, because a later ``watch`` takes over."""
         self._note("A later watch of the same optimizer or model took over, and this one was closed.")
         self.close()
 
     def _say_what_is_missing(self) -> None:
-        """What was not recorded, and why: a note for each, and a line in the log."""
+        """Add a note and a log line for everything that was not recorded, with its reason."""
         total = sum(recorder.step - recorder.first_step for recorder in self._recorders)
         if not total:
             now = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
@@ -196,7 +208,7 @@ class Monitor:
                 _log.warning("%s", text)
 
     def __repr__(self) -> str:
-        # What is known already: to print a monitor waits for nothing.
+        # Printing a monitor does not wait for the accelerator.
         steps = f"{self._rows:,} step{'s' * (self._rows != 1)} recorded"
         return f"<Monitor, {'open' if self._open else 'closed'}: {steps}; {self._verdict}>"
 
@@ -209,21 +221,21 @@ class Monitor:
     # --- what torch tells ---
 
     def wants_clips(self) -> bool:
-        """Whether the coming step of an optimizer is recorded."""
+        """Whether the next step of any optimizer is recorded."""
         return any(recorder.due_next() for recorder in self._recorders)
 
     def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
-        """``clip_grad_norm_`` was called."""
+        """Notify the recorders of a call of ``clip_grad_norm_``."""
         for recorder in self._recorders:
             recorder.clipped(parameters, factor, total)
 
     def clipped_by_value(self, parameters: list[Tensor]) -> None:
-        """``clip_grad_value_`` was called."""
+        """Notify the recorders of a call of ``clip_grad_value_``."""
         for recorder in self._recorders:
             recorder.clipped(parameters, None, None)
 
     def scaled_step(self, optimizer: Any, scale: Tensor, step: Callable[[], Any]) -> Any:
-        """``GradScaler.step`` was called."""
+        """Run a step of ``GradScaler.step`` through the recorder of its optimizer."""
         for recorder in self._recorders:
             if recorder.is_step_of(optimizer):
                 return recorder.scaled_step(scale, step)
@@ -262,7 +274,7 @@ class Monitor:
             self._flow.stepped(recorder.index, recorder.step)
 
     def _follow_lines(self, recorder: StepRecorder) -> None:
-        """Observe one step of every optimizer for the order of the layers, once a verdict depends on it."""
+        """Observe a step of every optimizer to find the order of the layers, once a verdict depends on it."""
         if self._line_search is not None:
             self._line_owners.discard(recorder.index)
             if not self._line_owners:
@@ -277,11 +289,11 @@ class Monitor:
             self._line_search = LineSearch([one.tracked for one in self._recorders], self._models)
 
     def _weight_sizes(self) -> dict[str, float]:
-        """L2 norms of the weights whose gradient in relation to their size can be judged.
+        """L2 norms of the weights whose gradient can be judged relative to their size.
 
-        Left out: tables, of which a few rows are used; what had no gradient in the first steps, and may still
-        be on its way up from a tensor that started at 0; everything where tiny scales (layer scale) hold
-        branches back by design, or where it is not known which weights follow each other.
+        Excluded are embedding tables, of which few rows are used, and weights without a gradient in the first
+        steps, which may still grow from a tensor that started at 0. The result is empty if tiny scales (layer
+        scale) damp branches by design, or if the order of the weights is not known.
         """
         if self._lines_sought and not (self._lines_known or self._lines_wanted or self._line_search):
             return {}
@@ -295,13 +307,13 @@ class Monitor:
             for tracked in [recorder.tracked]
             for name, p, role in zip(tracked.names, tracked.parameters, tracked.roles)
             if p.ndim > 1 and p.requires_grad and role != "table" and name not in self._silent
-        }  # fmt: skip
+        }
         wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in found.items()}
         norms = {n: float(torch.linalg.vector_norm(p, dtype=wide[n])) for n, p in found.items()}
         return {name: size_of(p, norms[name]) for name, p in found.items()}
 
     def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
-        """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
+        """Whether the verdict compares weights whose order and towers are to be found in a later step."""
         unsure = [
             one
             for one in verdict.chains or (verdict,)
@@ -309,7 +321,7 @@ class Monitor:
             and one.score is not None
             and one.state in {"vanishing", "exploding", "dead", "healthy"}
             and (one.state != "healthy" or one.score <= -FALL)
-            # Where nothing gets a gradient the order makes no difference.
+            # The order makes no difference if no weight gets a gradient.
             and (one.state != "dead" or self._gets_some())
         ]
         unsure += [one for one in verdict.chains or (verdict,) if one.starved]
@@ -321,7 +333,7 @@ class Monitor:
         return is_coming and any(one.state != "healthy" or one.starved for one in unsure)
 
     def _gets_some(self) -> bool:
-        """Whether some recorded matrix had a gradient in the first steps."""
+        """Whether any recorded matrix had a gradient in the first steps."""
         tracked = [recorder.tracked for recorder in self._recorders]
         named = [(n, p) for one in tracked for n, p in zip(one.names, one.parameters)]
         return any(n not in self._silent for n, p in named if p.ndim > 1 and p.requires_grad)
@@ -337,7 +349,7 @@ class Monitor:
             )
 
     def _parameters_of_flow(self) -> dict[int, list[Tensor]]:
-        """By optimizer, the parameters that it updates of the model whose flow is read."""
+        """Map each optimizer to its parameters in the model whose flow is read."""
         own = {id(p) for p in next(iter(self._models.values())).parameters()}
         found = {r.index: [p for p in r.tracked.parameters if id(p) in own] for r in self._recorders}
         return {owner: parameters for owner, parameters in found.items() if parameters}
@@ -368,21 +380,21 @@ class Monitor:
             self._judge_soon()
 
     def _chains_of(self, recorder: StepRecorder, tracked: TrackedParameters) -> list[str]:
-        """The loss that each parameter belongs to: its model's, or its optimizer's where several update one
-        model.
+        """Name the loss of each parameter: by its model, or by its optimizer if several update one model.
 
-        Optimizers that step inside one backward pass share its loss.
+        Optimizers that step inside the same backward pass share its loss.
         """
         updates = Counter(prefix for r in self._recorders for prefix in set(r.tracked.models))
         alone = recorder.index in self._inside or inside_backward()
         return [
-            prefix.rstrip(".") if updates[prefix] < 2 or alone
+            prefix.rstrip(".")
+            if updates[prefix] < 2 or alone
             else f"{prefix.rstrip('.')} optimizer {recorder.index}".strip()
             for prefix in tracked.models
-        ]  # fmt: skip
+        ]
 
     def _look_for_zeros(self, recorder: StepRecorder, step: Step, row: np.ndarray) -> None:
-        """In the first steps: parts that are zero by design, and gradients that are missing."""
+        """Look for parts that are zero by design and for missing gradients, in the first steps."""
         P = len(step.tracked.names)
         mean = row[-2 * P : -P]
         empty = (step.codes == -STATES.index("not_connected")) | ((step.codes > 0) & (mean == 0))
@@ -396,15 +408,16 @@ class Monitor:
             self._to_search.add(recorder.index)
 
     def _is_early(self) -> bool:
-        """Whether zeros and missing gradients are not judged yet: before the second step of each optimizer
-        that has stepped, and for a few more while tensors that started at zero by design are still exactly
-        zero.
+        """Whether it is too early to judge zero and missing gradients.
+
+        This is the case before the second step of any optimizer that has stepped, and for a few more steps
+        while tensors that started at zero by design are still exactly zero.
         """
         rows = [recorder.rows for recorder in self._recorders if recorder.rows]
         if not rows:
             return False
         if not self._open:
-            # A single step does not tell what starts at zero by design.
+            # A single step does not show whether a tensor only starts at zero by design.
             return min(rows) < 2 and any((self._zeros or {}).values())
         if min(rows) < 2:
             return True
@@ -425,7 +438,7 @@ class Monitor:
             self._judge()
 
     def _judge_soon(self) -> None:
-        """Judge; inside a backward pass when it is over, for until then only a part of the step is known."""
+        """Judge now, or at the end of the current backward pass, when all of the step is known."""
         if not inside_backward():
             self._judge()
         elif not self._judge_at_end:
@@ -475,14 +488,14 @@ class Monitor:
 
 
 def _is_bad(step: Step, row: Any) -> bool:
-    """Whether a gradient that should be there is not finite: judged at once."""
+    """Whether any gradient of the step is not finite, so that the verdict is updated at once."""
     P = len(step.tracked.names)
     there = step.codes > 0
     return bool(there.any()) and not float(row[-2 * P : -P][there].sum()) < float("inf")
 
 
 def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
-    """Trained tensors, biases apart, that are exactly 0: gates, zero-initialised norms, LoRA's B."""
+    """Trained tensors, except biases, that are exactly 0: gates, zero-initialised norms, LoRA's B."""
     return [
         p
         for p, name, role in zip(tracked.parameters, tracked.names, tracked.roles)
@@ -494,7 +507,7 @@ def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
 
 
 def _begun(folder: Path | None, resume: bool) -> tuple[Recorded | None, int]:
-    """What a folder holds already, and the step at which its run continues."""
+    """Create or resume the folder of a run. Returns its record, if any, and the step to continue from."""
     before = begin_folder(folder, resume=resume) if folder is not None else None
     return before, 0 if before is None else before.step
 
@@ -515,46 +528,45 @@ def watch(
 ) -> Monitor:
     """Record, at each optimizer step, the gradient that the optimizer receives.
 
-    Per parameter: L2 norm (from it the RMS) and mean |dL/dw|; after accumulation, without GradScaler's scale,
-    reduced under DDP, whole under FSDP2, after clipping; and the norm before clipping where torch's
-    ``clip_grad_norm_`` did it. Nothing in the loop changes.
+    For each parameter: L2 norm (hence the RMS) and mean |dL/dw|, after accumulation and clipping, without
+    GradScaler's scale, reduced under DDP, full under FSDP2; also the norm before clipping if it is done by
+    torch's ``clip_grad_norm_``. The training loop is not changed.
 
-    An optimizer is watched by one monitor at a time: a later ``watch`` of it closes the earlier monitor, as
-    when a notebook cell is run twice. A copy or a file of the model made meanwhile holds nothing of
-    skipscope.
+    An optimizer is watched by one monitor at a time: a later ``watch`` of it closes the earlier monitor, for
+    example when a notebook cell is run twice. Copies and files of the model made during the watch contain
+    nothing of skipscope.
 
-    Collective where ``torch.distributed`` is in use: every rank calls it. Only rank 0 prints and writes; the
-    numbers and the verdict are the same on all.
+    Collective with ``torch.distributed``: every rank calls it. Only rank 0 prints and writes; the numbers and
+    the verdict are the same on all ranks.
 
     Args:
         model: a model, or several (a list, or a dict of names).
         optimizer: the optimizer that trains it, or several.
-        every: record each such step, the first one always.
-        flow_every: read the flow at the boundaries at each such step as well (of the first model), from the
+        every: record every n-th step, starting with the first.
+        flow_every: also read the flow at the boundaries (of the first model) every n-th step, from the
             training's own passes; a compiled model runs those steps uncompiled. Passes whose gradients the
-            optimizer never receives do not count. Where the training calls only a part of the model, it is
-            read there.
-        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"run.csv"``,
-            ``"tensorboard:FOLDER"``, ``"wandb"``, ``"mlflow"``, ``"trackio"``, any ``callable(step,
-            values)``, or objects with ``open``, ``step``, ``event`` and ``close`` (see
-            :class:`skipscope.monitor.Sink`).
-        on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
-        folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope
-            show``, also during the run or after it was killed. By default it is kept in memory only.
-        resume: go on with the history that ``folder`` already holds; by default such a folder is refused.
-        first_step: steps that the training has made before, so that a resumed one continues its count; by
-            default those in the folder that is resumed, else 0.
-        keep: most rows in memory; when they are full every second is dropped. By default as many as take
-            about 2 MB (405 of a GPT's 148 parameters, at most 1,000). The folder keeps all.
-        timeout: seconds to wait for the other ranks' call.
+            optimizer never receives do not count. If the training calls only a part of the model, the flow
+            is read there.
+        sinks: further outputs: ``"terminal"``, ``"run.jsonl"``, ``"run.csv"``, ``"tensorboard:FOLDER"``,
+            ``"wandb"``, ``"mlflow"``, ``"trackio"``, any ``callable(step, values)``, or objects with
+            ``open``, ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
+        on_verdict: function called with a :class:`VerdictEvent` when the state changes, on every rank.
+        folder: folder to which the history is written during the run; read it with ``skipscope.load`` or
+            ``skipscope show``, even during the run or after a crash. By default it is kept in memory only.
+        resume: continue the history that ``folder`` already holds; by default such a folder is refused.
+        first_step: number of steps made before the watch, so that a resumed training continues its count; by
+            default that of the resumed folder, or 0.
+        keep: most rows in memory; when full, every second row is dropped. The default takes about 2 MB (405
+            rows for a GPT with 148 parameters, at most 1,000). The folder keeps all rows.
+        timeout: seconds to wait for the call on other ranks.
 
     Returns:
-        A :class:`Monitor`: a context manager, or call its ``close()``.
+        A :class:`Monitor`, to be used as a context manager or closed with ``close()``.
 
     Raises:
-        SkipscopeError: the optimizer's steps cannot be seen, it does not train the model, the parameters are
-            spread so that it cannot be made whole, or a rank is missing.
-        MissingExtra: a sink's package is not installed.
+        SkipscopeError: the optimizer's steps cannot be observed, it does not train the model, the parameters
+            are sharded such that their gradients cannot be summed, or a rank is missing.
+        MissingExtra: the package of a sink is not installed.
 
     Example:
         >>> import torch

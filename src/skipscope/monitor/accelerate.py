@@ -1,4 +1,4 @@
-"""Accelerate (extra ``accelerate``): a tracker that watches, and a sink for other trackers."""
+"""Accelerate (extra ``accelerate``): a tracker that runs ``watch``, and a sink for other trackers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ except ImportError as error:
 
 
 class WatchTracker(GeneralTracker):
-    """A tracker whose ``end_training`` ends the watch: ``Accelerator(log_with=WatchTracker(folder="run"))``.
+    """Tracker for Accelerate: ``Accelerator(log_with=WatchTracker(folder="run"))``.
 
-    After ``prepare`` say ``accelerator.get_tracker("skipscope").watch(model, optimizer)``, on every process.
+    After ``prepare`` call ``accelerator.get_tracker("skipscope").watch(model, optimizer)``, on every process.
+    ``end_training`` ends the watch.
 
     Args:
-        options: as for ``skipscope.watch``.
+        options: options of ``skipscope.watch``.
 
     Attributes:
-        logged: what ``accelerator.log`` was given: ``(step, values)``.
+        logged: arguments of ``accelerator.log``: ``(step, values)``.
     """
 
     name = "skipscope"
@@ -42,28 +43,29 @@ class WatchTracker(GeneralTracker):
 
     @property
     def tracker(self) -> Monitor | None:
-        """The :class:`Monitor`; None before :meth:`watch`."""
+        """The :class:`Monitor`, or None before :meth:`watch`."""
         return self.monitor
 
     def watch(self, model: nn.Module, optimizer: Any, first_step: int = 0) -> Monitor:
-        """Begin, with what ``accelerator.prepare`` returned (collective).
+        """Begin to watch a model and optimizer from ``accelerator.prepare`` (collective).
 
         Args:
             model: the prepared model.
             optimizer: the prepared optimizer, or several.
-            first_step: steps made before, of a training that is resumed: the history in ``folder`` then goes
-                on; else a folder that holds one already is left, for ``folder/2``, ``folder/3``, ...
+            first_step: number of steps made before, if the training is resumed: the history in ``folder`` is
+                then continued. Otherwise, if ``folder`` holds a history, the new run gets ``folder/2``,
+                ``folder/3``, ...
         """
         self.finish()
         self.monitor = watch(model, optimizer, **options_of_run(self.options, first_step))
         return self.monitor
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """The run's settings."""
+        """Store the settings of the run."""
         self.configuration.update(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Your own numbers, kept in ``logged``."""
+        """Keep the user's values in ``logged``."""
         self.logged.append((step, values))
 
     def finish(self) -> None:
@@ -73,28 +75,28 @@ class WatchTracker(GeneralTracker):
 
 
 class AccelerateLog:
-    """A sink that hands the monitor's scalars to every tracker of an ``Accelerator``.
+    """Sink that logs the monitor's scalars to every tracker of an ``Accelerator``.
 
     Args:
-        accelerator: after ``init_trackers``.
-        every: recorded steps from one set of parameters' numbers to the next.
+        accelerator: the Accelerator, after ``init_trackers``.
+        every: number of recorded steps between logs of each parameter's scalars.
     """
 
     def __init__(self, accelerator: Any, every: int = 10):
         self.accelerator, self.every, self._count = accelerator, every, 0
 
     def open(self, notes: list[str]) -> None:
-        """Nothing to say."""
+        """Do nothing: notes are not logged."""
 
     def step(self, record: Record) -> None:
-        """Scalars."""
+        """Log the scalars of a step."""
         self.accelerator.log(scalars(record, parameters=self._count % self.every == 0), step=record.step)
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The change."""
+        """Log the new verdict."""
         self.accelerator.log({"skipscope/verdict": str(event)}, step=event.step)
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Log the last verdict."""
         self.accelerator.log({"skipscope/verdict": str(history.verdict)}, step=history.verdict.step)

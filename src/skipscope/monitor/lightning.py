@@ -1,7 +1,7 @@
-"""A callback for Lightning (extra ``lightning``), and the one that ``SKIPSCOPE_WATCH`` adds to every trainer.
+"""Callback for Lightning (extra ``lightning``), which ``SKIPSCOPE_WATCH`` adds to every trainer.
 
-With ``SKIPSCOPE_WATCH`` set, Lightning finds this module by its entry point and every ``Trainer`` watches its
-model, with no line changed: ``SKIPSCOPE_WATCH=1`` reports on the terminal, any other value is a folder for
+With ``SKIPSCOPE_WATCH`` set, Lightning finds this module by its entry point, and every ``Trainer`` watches
+its model without changed code: ``SKIPSCOPE_WATCH=1`` reports on the terminal, any other value is a folder for
 the history.
 """
 
@@ -21,20 +21,20 @@ except ImportError as error:
 
 
 class WatchCallback(Callback):
-    """Watches the module and its optimizers from the start of training to its end, also when it fails.
+    """Callback that watches the module and its optimizers during training, even if the training fails.
 
-    The numbers are what each optimizer receives: after Lightning's accumulation, unscaling and clipping, the
-    norm before clipping beside it (Lightning clips by torch's ``clip_grad_norm_``, which is seen). Steps are
-    counted as the trainer counts them; where it resumes from a checkpoint, so does the history in ``folder``.
-    A second ``fit`` from the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or
-    ``False`` decides it otherwise.
+    Recorded are the gradients that each optimizer receives: after Lightning's accumulation, unscaling and
+    clipping; also the norm before clipping, as Lightning calls torch's ``clip_grad_norm_``. Steps are counted
+    as in the trainer. If it resumes from a checkpoint, the history in ``folder`` continues. A second ``fit``
+    from the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or ``False`` overrides
+    this.
 
     Args:
-        log: hand the total norms to ``self.log``, for the trainer's own logger and progress bar.
-        options: as for ``skipscope.watch``.
+        log: whether to pass the total norms to ``self.log``, for the trainer's logger and progress bar.
+        options: options of ``skipscope.watch``.
 
     Attributes:
-        monitor: the :class:`Monitor`; None before training.
+        monitor: the :class:`Monitor`, or None before training.
     """
 
     def __init__(self, *, log: bool = True, **options: Any):
@@ -44,7 +44,7 @@ class WatchCallback(Callback):
         self._numbers = LastNumbers()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Optimizers exist, and the model is where it will train."""
+        """Begin to watch: the optimizers exist, and the model is on its device."""
         self._close()
         optimizers = list(trainer.optimizers)
         # The trainer counts the steps of all optimizers together.
@@ -53,17 +53,17 @@ class WatchCallback(Callback):
         self.monitor = watch(pl_module, optimizers, **options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Log what was recorded."""
+        """Log the recorded total norms."""
         values = self._numbers.take()
         if values:
             pl_module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Over."""
+        """Close the monitor."""
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Failed or interrupted."""
+        """Close the monitor after a failure or an interrupt."""
         self._close()
 
     def _close(self) -> None:
@@ -72,7 +72,7 @@ class WatchCallback(Callback):
 
 
 def callbacks_from_environment() -> list[Any]:
-    """What Lightning adds to every trainer: nothing, unless ``SKIPSCOPE_WATCH`` is set."""
+    """Callbacks that Lightning adds to every trainer: none unless ``SKIPSCOPE_WATCH`` is set."""
     where = os.environ.get("SKIPSCOPE_WATCH", "")
     if where in {"", "0"}:
         return []

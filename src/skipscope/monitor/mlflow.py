@@ -1,4 +1,4 @@
-"""A sink for MLflow (extra ``mlflow``)."""
+"""Sink for MLflow (extra ``mlflow``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 class MLflow:
-    """Total norms at every recorded step, each parameter's at some; the verdict as tags.
+    """Sink that logs total norms at every recorded step, those of each parameter less often, and verdicts.
 
-    They go to the run under way; else to one that this sink begins and ends.
+    They are logged to the active run, or to a new run that this sink begins and ends.
 
     Args:
-        every: recorded steps from one set of parameters' numbers to the next.
+        every: number of recorded steps between logs of each parameter's scalars.
 
     Raises:
         MissingExtra: mlflow is not installed.
@@ -32,22 +32,22 @@ class MLflow:
         self.every, self._count = every, 0
 
     def open(self, notes: list[str]) -> None:
-        """The notes."""
+        """Set the notes as a tag."""
         if notes:
             self._tag("skipscope/notes", " ".join(notes))
 
     def step(self, record: Record) -> None:
-        """Scalars."""
+        """Log the scalars of a step."""
         values = scalars(record, parameters=self._count % self.every == 0)
         self.mlflow.log_metrics(values, step=record.step, run_id=self.run.info.run_id)
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The state from now on."""
+        """Set the new state as a tag."""
         self._tag("skipscope/state", event.verdict.state)
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Set the last verdict as tags."""
         self._tag("skipscope/state", history.verdict.state)
         self._tag("skipscope/verdict", str(history.verdict))
         if self._own:

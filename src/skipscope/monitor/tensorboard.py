@@ -1,4 +1,4 @@
-"""A sink for TensorBoard (extra ``tensorboard``)."""
+"""Sink for TensorBoard (extra ``tensorboard``)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 class TensorBoard:
-    """Total norms at every recorded step, each parameter's at some; changes of the verdict as text.
+    """Sink that logs total norms at every recorded step, those of each parameter less often, and verdicts.
 
     Args:
         to: a folder, or a ``SummaryWriter`` of your own (left open).
-        every: recorded steps from one set of parameters' numbers to the next.
+        every: number of recorded steps between logs of each parameter's scalars.
 
     Raises:
         MissingExtra: tensorboard is not installed.
@@ -32,23 +32,23 @@ class TensorBoard:
         self.writer: Any = to
 
     def open(self, notes: list[str]) -> None:
-        """The notes."""
+        """Write the notes as text."""
         if notes:
             self.writer.add_text("skipscope/notes", "\n\n".join(notes), 0)
 
     def step(self, record: Record) -> None:
-        """Scalars."""
+        """Log the scalars of a step."""
         values = scalars(record, parameters=self._count % self.every == 0)
         for name, value in values.items():
             self.writer.add_scalar(name, value, record.step)
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The change, as text."""
+        """Write the new verdict as text."""
         self.writer.add_text("skipscope/verdict", str(event), event.step)
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Write the last verdict as text."""
         self.writer.add_text("skipscope/verdict", str(history.verdict), history.verdict.step)
         self.writer.flush()
         if self._own:

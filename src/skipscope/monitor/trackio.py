@@ -1,4 +1,4 @@
-"""A sink for Trackio (extra ``trackio``)."""
+"""Sink for Trackio (extra ``trackio``)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 class Trackio:
-    """Total norms at every recorded step, each parameter's at some; changes of the verdict as text.
+    """Sink that logs total norms at every recorded step, those of each parameter less often, and verdicts.
 
     Args:
-        run: a Trackio run (left open); by default one of the project ``skipscope``, finished at the end.
-        every: recorded steps from one set of parameters' numbers to the next.
+        run: a Trackio run (left open); by default a new run of the project ``skipscope``, finished on close.
+        every: number of recorded steps between logs of each parameter's scalars.
 
     Raises:
         MissingExtra: trackio is not installed.
@@ -31,19 +31,19 @@ class Trackio:
         self.every, self._count = every, 0
 
     def open(self, notes: list[str]) -> None:
-        """Nothing to say."""
+        """Do nothing: notes are not logged."""
 
     def step(self, record: Record) -> None:
-        """Scalars."""
+        """Log the scalars of a step."""
         self.run.log(scalars(record, parameters=self._count % self.every == 0), step=record.step)
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The change."""
+        """Log the new verdict."""
         self.run.log({"skipscope/verdict": str(event)}, step=event.step)
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Log the last verdict."""
         self.run.log({"skipscope/verdict": str(history.verdict)}, step=history.verdict.step)
         if self._own:
             self.run.finish()

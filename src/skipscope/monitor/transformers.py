@@ -1,4 +1,4 @@
-"""A callback for Hugging Face's Trainer (extra ``hf``)."""
+"""Callback for the Trainer of Hugging Face (extra ``hf``)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ except ImportError as error:
 
 
 class WatchCallback(TrainerCallback):  # type: ignore[misc]
-    """Watches the model from the start of training to its end: ``Trainer(..., callbacks=[WatchCallback()])``.
+    """Callback that watches the model during training: ``Trainer(..., callbacks=[WatchCallback()])``.
 
-    The numbers are what the optimizer receives: after the trainer's accumulation, unscaling and clipping, the
-    norm before clipping beside it (the trainer clips by torch's ``clip_grad_norm_``, which is seen). The
-    total norms stand in the trainer's ``state.log_history`` with its own. Steps are counted as the trainer
-    counts them; where it resumes from a checkpoint, the history in ``folder`` continues. A second ``train``
-    from the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or ``False`` decides it
-    otherwise.
+    Recorded are the gradients that the optimizer receives: after the trainer's accumulation, unscaling and
+    clipping; also the norm before clipping, as the trainer calls torch's ``clip_grad_norm_``. The total norms
+    are added to the trainer's ``state.log_history``. Steps are counted as in the trainer. If it resumes from
+    a checkpoint, the history in ``folder`` continues. A second ``train`` from the start is a new run, in
+    ``folder/2``, ``folder/3``, ...; ``resume=True`` or ``False`` overrides this.
 
-    The trainer tells nobody of a training that raised: close the callback, or use it in a ``with``.
+    The trainer has no event for a training that raised: close the callback, or use it in a ``with``.
 
     Args:
-        log: hand the total norms to the trainer's log.
-        options: as for ``skipscope.watch``.
+        log: whether to add the total norms to the trainer's log.
+        options: options of ``skipscope.watch``.
 
     Attributes:
-        monitor: the :class:`Monitor`; None before training.
+        monitor: the :class:`Monitor`, or None before training.
 
     Example:
         with WatchCallback(flow_every=100) as callback:
@@ -52,14 +51,14 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any
     ) -> None:
-        """The model is where it will train, and the optimizer exists."""
+        """Begin to watch: the optimizer exists, and the model is on its device."""
         self.close()
         options = options_of_run(self.options, state.global_step)
         options["sinks"] = [*options.get("sinks", ()), *([self._numbers] if self.log else [])]
         self.monitor = watch(model, optimizer, **options)  # type: ignore[arg-type]
 
     def on_log(self, args: Any, state: Any, control: Any, logs=None, **kwargs: Any) -> None:
-        """Add the numbers to the entry that the trainer has just made."""
+        """Add the total norms to the trainer's latest log entry."""
         values = self._numbers.take()
         if logs is not None:
             logs.update(values)
@@ -67,10 +66,10 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Over."""
+        """Close the monitor."""
         self.close()
 
     def close(self) -> None:
-        """Stop; may be called twice."""
+        """Close the monitor. May be called twice."""
         if self.monitor is not None:
             self.monitor.close()

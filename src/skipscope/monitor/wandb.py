@@ -1,4 +1,4 @@
-"""A sink for Weights & Biases (extra ``wandb``), online or offline."""
+"""Sink for Weights & Biases (extra ``wandb``), online or offline."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 class WandB:
-    """Total norms at every recorded step, each parameter's at some, against ``skipscope/step``; changes as an
-    alert.
+    """Sink that logs total norms at every recorded step, those of each parameter less often, and verdicts.
 
-    Numbers go with your own next ``run.log``, so that your steps stay yours; into a run that this sink began
-    they go at once.
+    The x axis is ``skipscope/step``. Scalars are committed with your own next ``run.log``, so that your step
+    count does not change; in a run that this sink began they are committed at once.
 
     Args:
-        run: a W&B run; by default the one under way, else a new one.
-        every: recorded steps from one set of parameters' numbers to the next.
+        run: a W&B run; by default the active run, or a new run.
+        every: number of recorded steps between logs of each parameter's scalars.
 
     Raises:
         MissingExtra: wandb is not installed.
@@ -36,25 +35,25 @@ class WandB:
         self.every, self._count = every, 0
 
     def open(self, notes: list[str]) -> None:
-        """Say what the steps are."""
+        """Define the x axis of the scalars, and store the notes in the summary."""
         self.run.define_metric("skipscope/step")
         for group in ("gradients/*", "gradient_rms/*", "gradient_mean_abs/*", "skipscope/verdict"):
             self.run.define_metric(group, step_metric="skipscope/step")
         self.run.summary["skipscope/notes"] = notes
 
     def step(self, record: Record) -> None:
-        """Scalars."""
+        """Log the scalars of a step."""
         values = scalars(record, parameters=self._count % self.every == 0)
         self.run.log({**values, "skipscope/step": record.step}, commit=self._own)
         self._count += 1
 
     def event(self, event: VerdictEvent) -> None:
-        """The change."""
+        """Log the new verdict."""
         self.run.log({"skipscope/verdict": str(event), "skipscope/step": event.step}, commit=self._own)
         self.run.summary["skipscope/state"] = event.verdict.state
 
     def close(self, history: History) -> None:
-        """The last verdict."""
+        """Store the last verdict in the summary."""
         self.run.summary["skipscope/state"] = history.verdict.state
         self.run.summary["skipscope/verdict_at_end"] = str(history.verdict)
         if self._own:

@@ -1,7 +1,8 @@
 """The shortcut modules of the literature: each wraps a branch F, any module.
 
-Each is a pure function under a thin module, ``write(x, F(read(x)))``; the head of its file gives the equation
-and the paper. ``registry()`` builds all of them alike; ``skipscope.testing.check_shortcut`` tests any.
+Each is a thin module, ``write(x, F(read(x)))``, around a pure function; its file's docstring gives the
+equation and the paper. ``registry()`` builds all kinds with one signature;
+``skipscope.testing.check_shortcut`` tests any shortcut module.
 
 Example:
     >>> import torch

@@ -1,9 +1,9 @@
-"""What every shortcut module is: a branch F, and two functions around it.
+"""Base classes of the shortcut modules: a branch F, and two functions around it.
 
     y = write(x, F(read(x)))
 
-``read`` makes the branch's input from the streams that come in (for all but hyper-connections there is one
-stream, the tensor x itself); ``write`` joins the branch's output with them.
+``read`` computes the branch's input from the incoming streams (all but hyper-connections have one stream, the
+tensor x itself); ``write`` joins the branch's output with them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Connection(nn.Module):
     """A branch, and a shortcut around it.
 
     Attributes:
-        kind: what ``find_shortcuts`` says of its merge: identity, scaled, projection, gated or concat.
-        identity_at_start: True where the paper claims that a fresh module returns its input.
+        kind: the kind that ``find_shortcuts`` reports: identity, scaled, projection, gated or concat.
+        identity_at_start: whether, by the paper, a newly initialised module returns its input.
 
     Example:
         >>> class Halved(Connection):
@@ -38,14 +38,10 @@ class Connection(nn.Module):
         self.branch = branch
 
     def initialise_(self, branch: nn.Module) -> None:
-        """Give a branch's weights the start that the paper asks for; as they are unless a family says
-        otherwise.
-        """
+        """Initialise a branch's weights as in the paper; by default they stay unchanged."""
 
     def __getattr__(self, name: str) -> Any:
-        """What the module lacks is looked up in its branch, so that an owner who reads its layers'
-        attributes finds them.
-        """
+        """Look up a missing attribute in the branch, for code that reads the attributes of its layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -55,7 +51,7 @@ class Connection(nn.Module):
             return getattr(branch, name)
 
     def read(self, x: Tensor) -> Tensor:
-        """The branch's input; ``x`` itself unless a family says otherwise."""
+        """The branch's input; by default ``x`` itself."""
         return x
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
@@ -63,19 +59,19 @@ class Connection(nn.Module):
         return x + f
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """What follows ``x`` goes to the branch as it is (an attention mask, for instance)."""
+        """``write(x, F(read(x)))``; further arguments, such as an attention mask, go to the branch."""
         return self.write(x, self.branch(self.read(x), *args, **keywords))
 
 
 class Chain(nn.Module):
-    """Branches in a row, joined over all of the depth.
+    """A sequence of branches, joined across the whole depth.
 
-    A chain begins with the input x and steps once a branch; what it keeps between branches is its state.
+    A chain begins with the input x, makes one step per branch, and passes a state from step to step.
 
     Attributes:
-        kind: what ``find_shortcuts`` says of its merges.
-        identity_at_start: True where the paper claims that a fresh module returns its input.
-        of_blocks: its branches are blocks that have shortcuts of their own.
+        kind: the kind that ``find_shortcuts`` reports for its merges.
+        identity_at_start: whether, by the paper, a newly initialised module returns its input.
+        of_blocks: whether its branches are blocks that have shortcuts of their own.
         branches: F_1, F_2, ..., in order.
 
     Example:
@@ -96,19 +92,18 @@ class Chain(nn.Module):
     branches: Any
 
     def begin(self, x: Tensor) -> tuple[Any, Any]:
-        """The state before the first branch, and the first branch's input (a tuple, where it takes
-        several).
-        """
+        """The initial state, and the first branch's input (a tuple if it takes several)."""
         return [x], x
 
     def step(self, index: int, state: Any, f: Tensor) -> tuple[Any, Any]:
-        """The state after branch ``index`` gave ``f``, and the next branch's input; after the last, the
-        output.
+        """The state after branch ``index`` returned ``f``, and the next branch's input.
+
+        After the last branch, the state and the output.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """The same shape; what follows ``x`` goes to every branch as it is."""
+        """The output, of the shape of ``x``; further arguments go to every branch."""
         state, h = self.begin(x)
         for index, branch in enumerate(self.branches):
             inputs = h if isinstance(h, tuple) else (h,)
@@ -117,8 +112,7 @@ class Chain(nn.Module):
 
 
 class Elsewhere(nn.Module):
-    """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are
-    called.
+    """Placeholder for a branch computed elsewhere; only its connection's ``read`` and ``write`` are called.
 
     Example:
         >>> connection = Connection(Elsewhere())
@@ -127,13 +121,12 @@ class Elsewhere(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Refuse: the branch is not here."""
+        """Raise an error, since there is no branch to run."""
         raise NotImplementedError("this connection has no branch of its own")
 
 
 class Holder(nn.Module):
-    """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it
-    changes nothing.
+    """Container of connections by dotted name, beside a model's own modules; its forward is the identity.
 
     Example:
         >>> holder = Holder()
@@ -151,19 +144,19 @@ class Holder(nn.Module):
                 holder._modules[part] = Holder()
             holder = holder._modules[part]  # type: ignore[assignment]
         before = holder._modules.get(last)
-        if before is not None:  # a connection inside this one's branch came first
+        # A connection inside this connection's branch was registered first.
+        if before is not None:
             connection._modules.update(
                 {k: m for k, m in before._modules.items() if k not in connection._modules}
             )
         holder._modules[last] = connection
 
     def forward(self, x: Any) -> Any:
-        """``x``."""
+        """Return ``x``."""
         return x
 
 
-# --- layers that act on one dimension
-# ---------------------------------------------------------
+# --- layers that act on one dimension ---
 
 
 class Pointwise(nn.Linear):
@@ -197,21 +190,21 @@ class WidthNorm(nn.LayerNorm):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """The normalised input, of the same shape."""
         return super().forward(x.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 
 def along(values: Tensor, like: Tensor, dim: int) -> Tensor:
-    """A vector shaped so that it multiplies dimension ``dim`` of ``like``."""
+    """Reshape a vector so that it broadcasts along dimension ``dim`` of ``like``."""
     return values if dim in {-1, like.ndim - 1} else values.reshape(-1, *[1] * (like.ndim - 1 - dim))
 
 
 def normed(x: Tensor) -> Tensor:
-    """Divided by the root mean square over the last dimension (RMSNorm without a gain)."""
+    """Divide by the root mean square over the last dimension (RMSNorm without a gain)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def pad_width(x: Tensor, width: int, dim: int) -> Tensor:
-    """Zeros around dimension ``dim`` until it is ``width`` wide, half of them in front."""
+    """Zero-pad dimension ``dim`` to ``width``, half of the zeros in front."""
     new = width - x.shape[dim]
     return F.pad(x.movedim(dim, -1), (new // 2, new - new // 2)).movedim(-1, dim)

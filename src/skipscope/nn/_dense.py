@@ -12,7 +12,7 @@ from skipscope.nn._connection import Connection
 
 
 def dense_shortcut(x: Tensor, f: Tensor, dim: int = -1) -> Tensor:
-    """``x`` and ``f`` side by side in dimension ``dim``.
+    """Concatenate ``x`` and ``f`` along dimension ``dim``.
 
     Example:
         >>> dense_shortcut(torch.zeros(2), torch.ones(1))
@@ -22,7 +22,7 @@ def dense_shortcut(x: Tensor, f: Tensor, dim: int = -1) -> Tensor:
 
 
 class DenseShortcut(Connection):
-    """``[x, F(x)]``: the output is wider than the input by what F gives (the growth rate).
+    """``[x, F(x)]``: the output is wider than the input by the width of F(x), the growth rate.
 
     Args:
         branch: F.

@@ -1,14 +1,14 @@
-"""Layers that read weighted sums of what came before, the weights learned and the same for all data.
+"""Layers that read weighted sums of earlier activations; the weights are learned and static.
 
 DenseFormer      X_i = B_i(Y_{i-1}),   Y_i = sum of a_ij X_j over the j <= i with j = i mod dilation, for
-every
-                 i that is a multiple of the period, Y_i = X_i for the others;   X_0 = Y_0 = x
+                 every i that is a multiple of the period, Y_i = X_i for the others;   X_0 = Y_0 = x
                  Pagliardini et al. 2024, arXiv 2402.02622;   a_ii = 1 and the others 0 at the start
 stream scalars   x_{i+1} = a_i x_i + b_i F_i(x_i) + c_i x_0;   a = b = 1, c = 0 at the start
                  Jordan et al. 2024, github.com/KellerJordan/modded-nanogpt; Karpathy 2025,
                  github.com/karpathy/nanochat
 
-B_i are the blocks of a network, with the shortcuts that they have; at the start the network is what it was.
+B_i are the blocks of a network with their own shortcuts. At the start the network computes the same as
+without the averages or scalars.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from skipscope.nn._connection import Chain
 
 
 def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[j] * outputs[j]``, the last first.
+    """``sum_j weights[j] * outputs[j]``, summed from the last to the first.
 
     Example:
         >>> depth_average([torch.ones(2), 4 * torch.ones(2)], torch.tensor([0.5, 0.25]))
@@ -35,12 +35,12 @@ def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class DepthAveraged(Chain):
-    """Blocks in a row, each fed the weighted average of the input and of outputs before.
+    """A sequence of blocks; a block's input is a weighted average of x and earlier outputs.
 
     Args:
         blocks: B_1, B_2, ..., of one width.
-        dilation: average over every so many outputs.
-        period: average after every so many blocks.
+        dilation: step between the outputs in an average; 1 averages over all of them.
+        period: number of blocks between averages; 1 averages after every block.
 
     Example:
         >>> from skipscope.nn import IdentityShortcut
@@ -64,7 +64,7 @@ class DepthAveraged(Chain):
         return self.blocks
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``Y_i`` after ``X_i``."""
+        """Append ``X_i`` to the state, and return it with ``Y_i``."""
         state, i = [*state, f], index + 1
         if i % self.period:
             return state, f
@@ -85,7 +85,7 @@ def stream_scalars(x: Tensor, f: Tensor, first: Tensor, weights: Tensor) -> Tens
 
 
 class StreamScalars(Chain):
-    """``a x + b F(x) + c x_0``: three learned numbers a layer, and the network's input in each.
+    """``a x + b F(x) + c x_0``: three learned scalars per layer, with the network's input x_0 in each.
 
     Args:
         branches: F_1, F_2, ..., of one width.
@@ -103,13 +103,13 @@ class StreamScalars(Chain):
         self.weights = nn.Parameter(torch.tensor([[1.0, 1.0, 0.0]]).repeat(len(branches), 1))
 
     def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """``x_0`` and ``x_i``, here the same."""
+        """The state ``(x_0, x_i)``, initially twice ``x``, and the first branch's input."""
         return (x, x), x
 
     def step(
         self, index: int, state: tuple[Tensor, Tensor], f: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """``x_{i+1}``."""
+        """The state ``(x_0, x_{i+1})``, and ``x_{i+1}``."""
         first, x = state
         x = stream_scalars(x, f, first, self.weights[index])
         return (first, x), x

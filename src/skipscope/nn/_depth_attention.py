@@ -1,16 +1,14 @@
-"""Layers that attend over the outputs of all before them.
+"""Layers that attend over the outputs of all earlier layers.
 
 Attention residuals   h_l = sum over i < l of a_il v_i,   v_0 = x, v_l = F_l(h_l)
                       Kimi Team 2026, arXiv 2603.15031
-block                 the v_i are sums of F over blocks of neighbouring layers (those before l, in l's own
-block)
-                      the same paper: about 8 blocks
-delta                 h_l = s_l + sum over i < l of a_il v_i,   s_l = v_0 + ... + v_(l-1);   the output is
-s_(L+1)
-                      Luo, Cai and Hu 2026, arXiv 2605.18855
+block                 the v_i are sums of F over blocks of neighbouring layers (in l's own block, of the
+                      layers before l); the same paper: about 8 blocks
+delta                 h_l = s_l + sum over i < l of a_il v_i,   s_l = v_0 + ... + v_(l-1)
+                      the output is s_(L+1); Luo, Cai and Hu 2026, arXiv 2605.18855
 
-a_il = softmax_i(w_l . RMSNorm(v_i)); w_l is one learned vector a layer, zero at the start: then a mean is
-read. In the first two a last query reads the network's output; in delta the plain sum s is kept, and h_1 = x.
+a_il = softmax_i(w_l . RMSNorm(v_i)); w_l is one learned vector per layer, zero at the start, which gives a
+mean. In the first two a final query computes the network's output; delta keeps the plain sum s, and h_1 = x.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def depth_attention(outputs: Sequence[Tensor], query: Tensor) -> Tensor:
 
 
 class DepthAttention(Chain):
-    """Branches whose inputs, and the output, attend over ``x`` and all branches before.
+    """A sequence of branches; each input, and the output, attends over ``x`` and all earlier outputs.
 
     Args:
         branches: F_1, F_2, ..., of one width.
@@ -58,7 +56,8 @@ class DepthAttention(Chain):
     def __init__(self, *branches: nn.Module, width: int, dim: int = -1):
         super().__init__()
         self.branches, self.dim = nn.ModuleList(branches), dim
-        self.queries = nn.ParameterList(torch.zeros(width) for _ in branches)  # h_1 is x, whatever its query
+        # The first branch needs no query, since h_1 = x; the last query computes the output.
+        self.queries = nn.ParameterList(torch.zeros(width) for _ in branches)
 
     def begin(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """``v_0 = h_1 = x``."""
@@ -66,11 +65,11 @@ class DepthAttention(Chain):
         return [h], h.movedim(-1, self.dim)
 
     def sources(self, index: int, state: list[Tensor], f: Tensor) -> list[Tensor]:
-        """What is attended over after branch ``index`` gave ``f``."""
+        """The tensors to attend over after branch ``index`` returned ``f``."""
         return [*state, f]
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``h_(l+1)`` after ``v_l``."""
+        """Append ``v_l`` to the state, and return it with ``h_(l+1)``."""
         state = self.sources(index, state, f.movedim(self.dim, -1))
         return state, depth_attention(state, self.queries[index]).movedim(-1, self.dim)
 
@@ -81,7 +80,7 @@ class BlockAttention(DepthAttention):
     Args:
         branches: F_1, F_2, ..., of one width.
         width: size of dimension ``dim``.
-        blocks: into how many blocks of neighbours the branches are divided, all of one length but the last.
+        blocks: number of blocks of neighbouring branches, all of equal length except the last.
         dim: the dimension that holds the features.
 
     Example:
@@ -94,12 +93,12 @@ class BlockAttention(DepthAttention):
         self.length = -(-len(branches) // blocks)
 
     def sources(self, index: int, state: list[Tensor], f: Tensor) -> list[Tensor]:
-        """The block's sum grows by ``f``, or a new block begins."""
+        """Add ``f`` to the sum of the current block, or begin a new block with it."""
         return [*state[:-1], state[-1] + f] if index % self.length else [*state, f]
 
 
 class DeltaAttention(DepthAttention):
-    """``s_l + sum of a_il v_i``: the residual stream s stays, and what is attended over is added to it.
+    """``s_l + sum of a_il v_i``: the residual stream s plus attention over x and all earlier outputs.
 
     Args:
         branches: F_1, F_2, ..., of one width.
@@ -119,8 +118,9 @@ class DeltaAttention(DepthAttention):
         self.queries = nn.ParameterList(list(self.queries)[:-1])
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``h_(l+1)`` after ``v_l``; after the last, the stream itself. The state: the stream, then v_0, v_1,
-        ...
+        """The new state, and ``h_(l+1)``, or after the last branch the stream itself.
+
+        The state is the stream, followed by v_0, v_1, ...
         """
         f = f.movedim(self.dim, -1)
         stream, *values = state if index else (state[0], state[0])

@@ -3,8 +3,8 @@
 X_i = B_i(Y_{i-1}^1, ..., Y_{i-1}^C),   Y_i^c = sum over j <= i of A_ij^c(X_i) X_j,   X_0 = x, Y_0^c = x
 A_i(X_i) = a_i + GELU(RMSNorm(X_i) W1) W2;   a_ii = 1, the others and W2 are 0 at the start
 
-B_i are the blocks of a network, with the shortcuts that they have; each of the C sums is an input of its own
-(a transformer's query, key, value and residual). At the start the network is what it was.
+B_i are the blocks of a network with their own shortcuts; each of the C sums is a separate input (a
+transformer's query, key, value and residual). At the start the network computes the same as without the sums.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from skipscope.nn._connection import Chain, normed
 
 
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [...,
-    len(outputs)]``.
+    """``sum_j weights[..., j] * outputs[j]``, summed from the last to the first.
+
+    Each output is ``[..., width]``; ``weights`` are ``[..., len(outputs)]``.
 
     Example:
         >>> outputs = [torch.ones(1, 2), 4 * torch.ones(1, 2)]
@@ -35,13 +36,12 @@ def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class DynamicDense(Chain):
-    """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by
-    token.
+    """A sequence of blocks; each reads C sums of x and all earlier outputs, with weights for each token.
 
     Args:
         blocks: B_1, B_2, ..., each called with ``ways`` tensors of one width.
         width: size of dimension ``dim``.
-        ways: C; the paper's transformer has 4. The output is one sum.
+        ways: C, the number of inputs of a block; 4 in the paper's transformer. The output is one sum.
         dim: the dimension that holds the features.
 
     Example:
@@ -71,7 +71,7 @@ class DynamicDense(Chain):
         return self.blocks
 
     def begin(self, x: Tensor) -> tuple[list[Tensor], Tensor | tuple[Tensor, ...]]:
-        """``X_0 = x``, which every input of the first block is."""
+        """The state ``[X_0]`` with ``X_0 = x``, and ``x`` as every input of the first block."""
         h = x.movedim(self.dim, -1)
         read = tuple(h.movedim(-1, self.dim) for _ in range(self.ways))
         return [h], read[0] if self.ways == 1 else read
@@ -79,7 +79,7 @@ class DynamicDense(Chain):
     def step(
         self, index: int, state: list[Tensor], f: Tensor
     ) -> tuple[list[Tensor], Tensor | tuple[Tensor, ...]]:
-        """``Y_i^c`` after ``X_i``."""
+        """Append ``X_i`` to the state, and return it with ``Y_i^1, ..., Y_i^C``."""
         state, static = [*state, f.movedim(self.dim, -1)], self.static[index]
         hidden = F.gelu(self.inner[index](normed(state[-1])))
         weights = static + self.outer[index](hidden).unflatten(-1, static.shape)

@@ -1,20 +1,19 @@
 """Several residual streams, with weights that depend on the data.
 
-dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section
-2.3
+dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)     Zhu et al. 2024, arXiv 2409.19606, section 2.3
                 each weight is static + s tanh(norm(X) W): W = 0 at the start, s = 0.01
-mHC             the same equation, with H_res doubly stochastic  Xie et al. 2025, arXiv 2512.24880, section 4
-                from x = RMSNorm of all streams side by side:
-                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a
-                = 0.01
-  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4 (transformers,
-  deepseek_v4) unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
-gated streams   X' = X + h_post(X) F(mean over i of G_i(X) U_i)  Qwen4 (transformers, qwen4_exp)
-                U_i = RMSNorm(x_i); of all U side by side, u: G = sigmoid(W2 silu(W1 u / n)), one number a
-                feature, h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
+mHC             the same equation with doubly stochastic H_res  Xie et al. 2025, arXiv 2512.24880, section 4
+                from x = RMSNorm of all streams side by side, with a = 0.01 at the start:
+                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b))
+  collapsed     the output is h . X, h = sigmoid(a x W + b), instead of the mean: DeepSeek-V4
+                (transformers, deepseek_v4)
+  unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
+gated streams   X' = X + h_post(X) F(mean of the G_i(X) U_i)    Qwen4 (transformers, qwen4_exp)
+                U_i = RMSNorm(x_i), and u all U concatenated: G = sigmoid(W2 silu(W1 u / n)) per feature,
+                h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
 
-All but the last start as static hyper-connections do: as a residual network, so long as the streams are
-copies of one another.
+Like static hyper-connections, all but the last start as a residual network, as long as the streams are copies
+of each other.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ from skipscope.nn._hyper import StreamConnection
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
-    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token: row i makes stream
-    i.
+    """Mix streams ``x [n, ..., width]`` with one matrix per token, ``residual [..., n, n]``.
+
+    Row i gives the weights of the new stream i.
 
     Example:
         >>> streams = torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]])  # two streams of one token
@@ -54,7 +54,7 @@ def weigh_streams(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def spread_branch(f: Tensor, post: Tensor) -> Tensor:
-    """The branch's output ``f [..., width]``, for each of n streams times ``post [..., n]``.
+    """Copy the branch's output ``f [..., width]`` to n streams, each times its weight in ``post [..., n]``.
 
     Example:
         >>> spread_branch(torch.ones(1, 3), torch.tensor([[1.0, 2.0]])).squeeze(1)
@@ -65,7 +65,7 @@ def spread_branch(f: Tensor, post: Tensor) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
-    """``exp(logits [..., n, n])`` made doubly stochastic: columns and rows divided by their sums in turn.
+    """Make ``exp(logits [..., n, n])`` doubly stochastic: divide columns and rows by their sums in turn.
 
     Example:
         >>> matrix = sinkhorn(torch.randn(3, 3))
@@ -82,12 +82,15 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """Streams ``[n, ..., width]`` -> ``[..., n width]``."""
+    """Concatenate streams along the features: ``[n, ..., width]`` -> ``[..., n width]``."""
     return x.movedim(0, -2).flatten(-2)
 
 
 class _Dynamic(StreamConnection):
-    """Streams in ``[n, ...]`` with the features in dimension ``dim`` of each; subclasses give the weights."""
+    """Base of connections of streams ``[n, ...]`` with features in dimension ``dim`` of each stream.
+
+    Subclasses define ``weights``.
+    """
 
     kind = "gated"
 
@@ -96,13 +99,14 @@ class _Dynamic(StreamConnection):
         self.streams, self.width, self.dim = streams, width, dim
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]``
-        (None: I).
+        """Weights for streams ``[n, ..., width]``: pre and post ``[..., n]``, and residual ``[..., n, n]``.
+
+        A residual of None is the identity.
         """
         raise NotImplementedError
 
     def weigh(self, rows: Tensor) -> Tensor:
-        """The branch's input, features last."""
+        """The branch's input from streams with features last."""
         return weigh_streams(rows, self.weights(rows)[0])
 
     def read(self, x: Tensor) -> Tensor:
@@ -119,20 +123,19 @@ class _Dynamic(StreamConnection):
 
 
 def features_last(x: Tensor, dim: int) -> Tensor:
-    """Streams ``[n, ...]`` with dimension ``dim`` of each as the last one."""
+    """Move dimension ``dim`` of each stream in ``[n, ...]`` to the end."""
     return x if dim < 0 else x.movedim(dim + 1, -1)
 
 
 class DynamicHyperConnection(_Dynamic):
-    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, the weights a static part and a small one from the
-    data.
+    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``: static weights, plus small ones from the data.
 
     Args:
         branch: F, on one stream.
         streams: n.
         width: size of dimension ``dim``.
-        layer: this layer's place in the network; says which stream is read first.
-        dim: the dimension of one stream that holds the features.
+        layer: index of this layer in the network; selects the stream that is read at the start.
+        dim: the dimension of a stream that holds the features.
 
     Example:
         >>> connection = DynamicHyperConnection(nn.Identity(), streams=2, width=4)
@@ -152,7 +155,7 @@ class DynamicHyperConnection(_Dynamic):
         self.scale, self.scale_post = (nn.Parameter(torch.tensor(0.01)) for _ in range(2))
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each stream says how much of it is read, written to, and passed on to every other."""
+        """The weights; those of a stream (read, write, mixing) are computed from that stream alone."""
         rows = self.norm(x)
         pre = self.pre + self.scale * torch.tanh(rows @ self.to_pre).movedim(0, -1)
         post = self.post + self.scale_post * torch.tanh(rows @ self.to_post).movedim(0, -1)
@@ -161,7 +164,7 @@ class DynamicHyperConnection(_Dynamic):
 
 
 class _OfAllStreams(nn.Linear):
-    """``x W + b`` of x = RMSNorm of all streams side by side; W and b are 0 at the start."""
+    """``x W + b`` with x the RMSNorm of all streams concatenated; W and b are 0 at the start."""
 
     def __init__(self, streams: int, width: int, *sizes: int):
         super().__init__(streams * width, sum(sizes))
@@ -177,24 +180,23 @@ class _OfAllStreams(nn.Linear):
 
 
 def _mean_logit(streams: int) -> float:
-    """Where a sigmoid is 1/n (for one stream, nearly 1)."""
+    """The logit at which a sigmoid is 1/n (for one stream, nearly 1)."""
     return math.log(1 / max(streams - 1, 0.01))
 
 
 class ManifoldHyperConnection(_Dynamic):
-    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)`` with ``H_res`` doubly stochastic, all weights
-    positive.
+    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, ``H_res`` doubly stochastic, weights positive.
 
-    The paper gives a; b and W are ours: W = 0 and b such that every stream is read by 1/n, gets the branch
-    once, and hardly mixes.
+    The initial a is the paper's. The initial W and b are ours: W = 0, and b such that every stream is read
+    with weight 1/n, receives the branch with weight 1, and hardly mixes.
 
     Args:
         branch: F, on one stream.
         streams: n.
         width: size of dimension ``dim``.
-        layer: not used; for the same call as the other connections.
-        dim: the dimension of one stream that holds the features.
-        iterations: of Sinkhorn and Knopp's algorithm.
+        layer: ignored; accepted for a common signature.
+        dim: the dimension of a stream that holds the features.
+        iterations: number of iterations of the Sinkhorn-Knopp algorithm.
 
     Example:
         >>> connection = ManifoldHyperConnection(nn.Identity(), streams=2, width=4)
@@ -223,19 +225,19 @@ class ManifoldHyperConnection(_Dynamic):
             residual.copy_(8 * (torch.eye(streams) - 1).flatten())
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From all streams of a token together."""
+        """The weights, computed from all streams of a token together."""
         pre, post, residual = self.to_weights(x, self.scales)
         matrix = sinkhorn(residual.unflatten(-1, (self.streams, self.streams)), self.iterations)
         return pre.sigmoid(), 2 * post.sigmoid(), matrix
 
 
 class StreamCollapse(nn.Module):
-    """``h(X) . X``, ``h = sigmoid(a x W + b)``: one tensor of all streams; their mean at the start.
+    """``h(X) . X``, ``h = sigmoid(a x W + b)``: a weighted sum of all streams; their mean at the start.
 
     Args:
         streams: n.
         width: size of dimension ``dim``.
-        dim: the dimension of one stream that holds the features.
+        dim: the dimension of a stream that holds the features.
 
     Example:
         >>> StreamCollapse(2, 4)(torch.ones(2, 3, 4)).shape
@@ -258,8 +260,9 @@ class StreamCollapse(nn.Module):
 
 
 class CollapsedHyperConnection(ManifoldHyperConnection):
-    """mHC whose streams end in a :class:`StreamCollapse`; arguments as for
-    :class:`ManifoldHyperConnection`.
+    """mHC whose streams end in a :class:`StreamCollapse`.
+
+    Arguments as for :class:`ManifoldHyperConnection`.
 
     Example:
         >>> connection = CollapsedHyperConnection(nn.Identity(), streams=2, width=4)
@@ -273,15 +276,14 @@ class CollapsedHyperConnection(ManifoldHyperConnection):
 
 
 class UnmixedHyperConnection(_Dynamic):
-    """``X' = X + h_post(X) F(h_pre(X) . X)``: mHC whose streams do not mix, and end in a
-    :class:`StreamCollapse`.
+    """mHC without mixing, ``X' = X + h_post(X) F(h_pre(X) . X)``, that ends in a :class:`StreamCollapse`.
 
     Args:
         branch: F, on one stream.
         streams: n.
         width: size of dimension ``dim``.
-        layer: not used; for the same call as the other connections.
-        dim: the dimension of one stream that holds the features.
+        layer: ignored; accepted for a common signature.
+        dim: the dimension of a stream that holds the features.
 
     Example:
         >>> connection = UnmixedHyperConnection(nn.Linear(4, 4), streams=2, width=4)
@@ -298,7 +300,7 @@ class UnmixedHyperConnection(_Dynamic):
         nn.init.constant_(self.to_weights.bias[:streams], _mean_logit(streams))
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        """From all streams of a token together."""
+        """The weights, computed from all streams of a token together."""
         pre, post = self.to_weights(x, self.scales)
         return pre.sigmoid(), 2 * post.sigmoid(), None
 
@@ -308,13 +310,13 @@ class UnmixedHyperConnection(_Dynamic):
 
 
 class GatedRead(nn.Module):
-    """``mean over i of G_i(X) U_i``, ``U_i = RMSNorm(x_i)``, G one number a stream and feature.
+    """``mean over i of G_i(X) U_i``, ``U_i = RMSNorm(x_i)``, with a gate G for each stream and feature.
 
     Args:
         streams: n.
         width: size of dimension ``dim``.
-        rank: of the map from all streams to G.
-        dim: the dimension of one stream that holds the features.
+        rank: rank of the map from all streams to G.
+        dim: the dimension of a stream that holds the features.
 
     Example:
         >>> GatedRead(2, 4, rank=1)(torch.ones(2, 3, 4)).shape
@@ -329,7 +331,7 @@ class GatedRead(nn.Module):
         self.up = nn.Linear(rank, streams * width, bias=False)
 
     def normed(self, rows: Tensor) -> Tensor:
-        """All U side by side, ``[..., n width]``."""
+        """All U concatenated, ``[..., n width]``."""
         return side_by_side(normed(rows)) * self.gain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -343,12 +345,12 @@ class GatedStreams(_Dynamic):
     """``X' = X + h_post(X) F(mean over i of G_i(X) U_i)``: each feature of each stream has a gate.
 
     Args:
-        branch: F, on one stream; what it is given is normed.
+        branch: F, on one stream; its input is normalised.
         streams: n.
         width: size of dimension ``dim``.
-        layer: not used; for the same call as the other connections.
-        rank: of the map from all streams to the gates.
-        dim: the dimension of one stream that holds the features.
+        layer: ignored; accepted for a common signature.
+        rank: rank of the map from all streams to the gates.
+        dim: the dimension of a stream that holds the features.
 
     Example:
         >>> connection = GatedStreams(nn.Linear(4, 4), streams=2, width=4)
@@ -370,7 +372,7 @@ class GatedStreams(_Dynamic):
         return self.gates(rows)
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Only ``h_post``; the gates are one number a feature."""
+        """``h_post`` as both pre and post; pre is unused, since ``weigh`` applies a gate per feature."""
         post = 2 * torch.sigmoid(self.inject(self.gates.normed(x)) / self.streams)
         return post, post, None
 

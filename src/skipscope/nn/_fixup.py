@@ -1,8 +1,7 @@
 """Fixup: residual networks without normalisation. Zhang, Dauphin and Ma 2019, arXiv 1901.09321.
 
 y = x + a F(x + b1) + b2,   a = 1, b1 = b2 = 0 at the start
-the last of F's m weights starts at zero, the others are scaled by L^(-1 / (2m - 2)), L branches in the
-network
+The last of F's m weights starts at zero; the others are scaled by L^(-1 / (2m - 2)) for L branches.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from skipscope.nn._connection import Connection, Elsewhere
 
 @torch.no_grad()
 def fixup_(branch: nn.Module, depth: int) -> nn.Module:
-    """Initialise a branch in place as Fixup does, starting from the weights it has.
+    """Initialise a branch in place as Fixup does, by rescaling its current weights.
 
     Args:
-        branch: F; its weights in the order of its parameters, those of two or more dimensions count. Its
-            biases become zero.
-        depth: how many such branches the network has.
+        branch: F. Its weights are its parameters of two or more dimensions, in order. Its biases are set to
+            zero.
+        depth: number of such branches in the network.
 
     Raises:
         SkipscopeError: the branch has no weights.
@@ -48,7 +47,7 @@ class Fixup(Connection):
 
     Args:
         branch: F, without normalisation.
-        depth: how many such branches the network has.
+        depth: number of such branches in the network.
 
     Example:
         >>> branch = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
@@ -68,7 +67,7 @@ class Fixup(Connection):
         self.multiplier = nn.Parameter(torch.ones(()))
 
     def initialise_(self, branch: nn.Module) -> None:
-        """As :func:`fixup_` does."""
+        """Initialise a branch by :func:`fixup_`."""
         fixup_(branch, self.depth)
 
     def read(self, x: Tensor) -> Tensor:

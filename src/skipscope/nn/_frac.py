@@ -2,8 +2,8 @@
 
     H' = A H + diag(b) F(Y H)
 
-H is x in m parts side by side, one a row. The m x m matrices Y and A and the vector b are a static part and a
-small one from the data: from part i come tanh(norm(H_i) W) s, column i of Y and A and element i of b. At the
+The m rows of H are m equal parts of x. The m x m matrices Y and A and the vector b have a static term and a
+small term from the data: part i gives column i of Y and A and element i of b, as tanh(norm(H_i) W) s. At the
 start Y = A = I, b = 1, W = 0 and s = 0.01: a residual network.
 """
 
@@ -22,7 +22,7 @@ class FracConnection(Connection):
     Args:
         branch: F.
         width: size of dimension ``dim``.
-        parts: m; it divides the width, and is halved until it does.
+        parts: m; halved until it divides the width.
         dim: the dimension that holds the features.
 
     Example:
@@ -45,11 +45,11 @@ class FracConnection(Connection):
         self.scale, self.scale_vector = (nn.Parameter(torch.tensor(0.01)) for _ in range(2))
 
     def split(self, x: Tensor) -> Tensor:
-        """The parts ``[m, ..., width / m]``."""
+        """Split ``x`` into its parts ``[m, ..., width / m]``."""
         return x.movedim(self.dim, -1).unflatten(-1, (self.parts, -1)).movedim(-2, 0)
 
     def merge(self, parts: Tensor) -> Tensor:
-        """Back from parts."""
+        """Join the parts ``[m, ..., width / m]`` again; the inverse of ``split``."""
         return parts.movedim(0, -2).flatten(-2).movedim(-1, self.dim)
 
     def weights(self, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

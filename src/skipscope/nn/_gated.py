@@ -1,12 +1,12 @@
 """Gated shortcuts.
 
 highway              y = x + g (F(x) - x)                   Srivastava et al. 2015, arXiv 1505.00387
-exclusive gate       y = (1 - g) x + g F(x)                 the same, as He et al. 2016 write it (1603.05027,
-3.2) shortcut-only gate   y = (1 - g) x + F(x)                   He et al. 2016, section 3.3
-                     g = sigmoid(W x + b), b < 0: they start near the identity
+exclusive gate       y = (1 - g) x + g F(x)                 the same; He et al. 2016, 1603.05027, section 3.2
+shortcut-only gate   y = (1 - g) x + F(x)                   He et al. 2016, section 3.3
+                     g = sigmoid(W x + b), b < 0: all three start near the identity
 variance gate        y = sqrt(1 - g^2) x + g F(x)           Muse Spark (Meta 2026; transformers, muse_spark)
-                     g = sigmoid(w / t), one a feature: of x and F(x) with variance 1, unrelated, y has
-                     variance 1
+                     g = sigmoid(w / t), per feature: if x and F(x) are uncorrelated and have variance 1,
+                     so has y
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def shortcut_only_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
 
 
 def variance_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
-    """``sqrt(1 - gate^2) * x + gate * f``, ``gate`` in (0, 1); the root is taken of no less than 0.001.
+    """``sqrt(1 - gate^2) * x + gate * f``, ``gate`` in (0, 1); ``1 - gate^2`` is clamped to at least 0.001.
 
     Example:
         >>> variance_gate(torch.ones(1), torch.ones(1), torch.tensor([0.6]))  # 0.8 x + 0.6 f
@@ -70,9 +70,9 @@ class Highway(_Gated):
     """``x + g (F(x) - x)`` with ``g = sigmoid(W x + b)``.
 
     Args:
-        branch: F; the paper's is one layer.
+        branch: F; one layer in the paper.
         width: size of dimension ``dim``, which F keeps.
-        bias: where b starts; the paper takes -1 to -10, the deeper the network the lower.
+        bias: initial value of b; -1 to -10 in the paper, lower for deeper networks.
         dim: the dimension that holds the features.
 
     Example:
@@ -123,8 +123,8 @@ class VarianceGate(Connection):
     Args:
         branch: F.
         width: size of dimension ``dim``.
-        init: where every element of w starts; 0 gives g = 1/2.
-        temperature: t; the smaller, the faster the gate learns.
+        init: initial value of every element of w; 0 gives g = 1/2.
+        temperature: t; a smaller t makes the gate learn faster.
         dim: the dimension that holds the features.
 
     Example:

@@ -1,7 +1,7 @@
-"""A gated recurrent unit in place of the sum: Parisotto et al. 2019 (GTrXL, arXiv 1910.06764), section 3.2.
+"""A gated recurrent unit instead of the sum: Parisotto et al. 2019 (GTrXL, arXiv 1910.06764), section 3.2.
 
-f = relu(F(N(x))),   r = sigmoid(W_r f + U_r x),   z = sigmoid(W_z f + U_z x - b),   h = tanh(W_g f + U_g (r
-x)) y = (1 - z) x + z h;   b = 2 at the start: near the identity
+f = relu(F(N(x))),   r = sigmoid(W_r f + U_r x),   z = sigmoid(W_z f + U_z x - b)
+h = tanh(W_g f + U_g (r x)),   y = (1 - z) x + z h;   b = 2 at the start: near the identity
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from skipscope.nn._gated import exclusive_gate
 
 
 class GRUGate(Connection):
-    """``(1 - z) x + z h``, with the gate z and the candidate h of a GRU fed ``x`` as its state and F as its
-    input.
+    """``(1 - z) x + z h``, the gate z and candidate h of a GRU with state ``x`` and input F.
 
     Args:
-        branch: F, on the normed input.
+        branch: F, on the normalised input.
         width: size of dimension ``dim``.
-        bias: b; the greater, the more of x passes at the start.
+        bias: b; a greater b lets more of x pass at the start.
         dim: the dimension that holds the features.
 
     Example:

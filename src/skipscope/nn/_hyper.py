@@ -2,12 +2,12 @@
 
 hyper-connections   X' = H_res X + h_post F(h_pre . X)                    Zhu et al. 2024, arXiv 2409.19606
 AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)         Baykal et al. 2023, arXiv 2301.13310
-                    predict, compute for stream j, correct; j the next at each layer (as Recycled-AltUp: the
-                    streams begin as copies). Gemma 3n predicts and corrects alike; a router there adds to P
-                    and g for each token, and F reads the predicted stream
+                    predict, compute for stream j, correct; j cycles through the streams from layer to layer
+                    (as in Recycled-AltUp, the streams begin as copies). Gemma 3n predicts and corrects in the
+                    same form, but a router adds to P and g for each token, and F reads the predicted stream
 
-X holds n streams. At the start H_res and P are the identity, h_post and g all ones and h_pre reads one
-stream, the next at each layer: then every stream is what a residual network's one stream would be.
+X holds n streams. At the start H_res and P are the identity, h_post and g are all ones, and h_pre reads one
+stream, cycling from layer to layer: then every stream equals the single stream of a residual network.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def expand_streams(x: Tensor, streams: int) -> Tensor:
 
 
 def reduce_streams(x: Tensor) -> Tensor:
-    """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes
-    out).
+    """``[streams, ...]`` -> ``[...]``: the mean over the streams.
+
+    The paper uses the sum; the norm after it removes the factor between the two.
 
     Example:
         >>> reduce_streams(torch.tensor([[1.0, 1.0], [3.0, 3.0]]))
@@ -53,8 +54,7 @@ def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of
-    ``post``.
+    """Mix streams ``[n, ...]`` by ``residual [n, n]``, and add ``f [...]`` to each with weights ``post [n]``.
 
     Example:
         >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
@@ -66,8 +66,7 @@ def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
 
 
 def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
-    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself
-    plus ``f``.
+    """AltUp's prediction from the streams ``x [n, ...]``, corrected by the computed ``x[active] + f``.
 
     Example:
         >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
@@ -88,20 +87,19 @@ class StreamConnection(Connection):
     """
 
     def collapse(self) -> nn.Module | None:
-        """What makes one tensor of the streams after the last layer; None for their mean."""
+        """A module that reduces the streams to one tensor after the last layer. None for their mean."""
         return None
 
 
 class HyperConnection(StreamConnection):
     """``X' = H_res X + h_post F(h_pre . X)`` on streams ``[n, ...]``, with learned, static weights.
 
-    A network expands its input with :func:`expand_streams`, and after the last layer takes
-    :func:`reduce_streams`.
+    A network calls :func:`expand_streams` on its input, and :func:`reduce_streams` after the last layer.
 
     Args:
         branch: F, on one stream.
         streams: n.
-        layer: this layer's place in the network; says which stream is read first.
+        layer: index of this layer in the network; selects the stream that is read at the start.
 
     Example:
         >>> connection = HyperConnection(nn.Identity(), streams=2)
@@ -127,13 +125,12 @@ class HyperConnection(StreamConnection):
 
 
 class AltUp(StreamConnection):
-    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: only stream j is computed, the others are
-    predicted.
+    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: computes stream j, predicts the others.
 
     Args:
         branch: F, on one stream.
         streams: n.
-        layer: this layer's place in the network; says which stream is computed.
+        layer: index of this layer in the network; selects the stream that is computed.
 
     Example:
         >>> connection = AltUp(nn.Identity(), streams=2, layer=1)
@@ -153,17 +150,17 @@ class AltUp(StreamConnection):
         return x[self.active]
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
-        """The prediction, corrected."""
+        """The corrected prediction, ``X^ + g (x_j + f - x^_j)``."""
         return altup(x, f, self.predict, self.correct, self.active)
 
 
 class HyperConnected(Chain):
-    """A stack of branches with hyper-connections between: streams inside, one tensor outside.
+    """A stack of branches joined by hyper-connections: n streams inside, one tensor as input and output.
 
     Args:
         branches: the F of each layer.
         streams: n.
-        connect: makes a layer's connection from ``branch, streams, layer=``: the static one, or for instance
+        connect: builds a layer's connection, called with ``branch, streams, layer=``; for instance
             ``partial(ManifoldHyperConnection, width=64)``.
 
     Example:
@@ -190,14 +187,12 @@ class HyperConnected(Chain):
         return [layer.branch for layer in self.layers]  # type: ignore[union-attr, return-value]
 
     def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """N copies of ``x``, and what the first layer reads of them."""
+        """The streams, n copies of ``x``, and the first layer's input."""
         x = expand_streams(x, self.streams)
         return x, self.layers[0].read(x)  # type: ignore[operator]
 
     def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The streams after layer ``index``, and what the next one reads; after the last, all of them as
-        one.
-        """
+        """The streams after layer ``index``, and the next layer's input; after the last layer, the output."""
         state = self.layers[index].write(state, f)  # type: ignore[operator]
         if index < len(self.layers) - 1:
             return state, self.layers[index + 1].read(state)  # type: ignore[operator]

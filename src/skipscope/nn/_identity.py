@@ -1,5 +1,4 @@
-"""The identity shortcut, and its two orders of activation: He et al. 2015 (arXiv 1512.03385) and 2016
-(1603.05027).
+"""Identity shortcuts: plain, post- and pre-activation. He et al. 2015 (arXiv 1512.03385), 2016 (1603.05027).
 
 identity          y = x + F(x)
 post-activation   y = relu(x + F(x))
@@ -25,7 +24,7 @@ def identity_shortcut(x: Tensor, f: Tensor) -> Tensor:
 
 
 class IdentityShortcut(Connection):
-    """``x + F(x)``: the lecture's.
+    """``x + F(x)``, the shortcut of the lecture.
 
     Example:
         >>> IdentityShortcut(nn.Linear(4, 4))(torch.ones(2, 4)).shape
@@ -38,7 +37,7 @@ class IdentityShortcut(Connection):
 
 
 class PostActivation(IdentityShortcut):
-    """``relu(x + F(x))``: the first residual networks.
+    """``relu(x + F(x))``, as in the first residual networks.
 
     Example:
         >>> PostActivation(nn.Identity())(torch.tensor([-1.0, 2.0]))
@@ -51,13 +50,13 @@ class PostActivation(IdentityShortcut):
 
 
 class PreActivation(IdentityShortcut):
-    """``x + F(relu(norm(x)))``: the backward pass of the stream is additions alone.
+    """``x + F(relu(norm(x)))``: along the stream there are only additions, forward and backward.
 
     Args:
         branch: F.
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
-        norm: in place of layer normalisation; He et al. use ``nn.BatchNorm2d(width)``.
+        norm: module to use instead of layer normalisation; ``nn.BatchNorm2d(width)`` in the paper.
 
     Example:
         >>> block = PreActivation(nn.Identity(), 2, norm=nn.Identity())

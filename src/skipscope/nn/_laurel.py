@@ -1,8 +1,8 @@
 """Learned augmented residual layers: Menghani, Kumar and Kumar 2024 (LAuReL, arXiv 2411.07501).
 
-RW   y = a F(x) + b x            two learned numbers, here 1 at first
-LR   y = F(x) + x + W2 W1 x      W1 to a small rank, W2 back; here W2 = 0 at first
-PA   x_{i+1} = F_i(x_i) + x_i + W2 W1 (c_0 x_i + c_1 x_{i-1} + ...)      over k inputs; here c = 1/k at first
+RW   y = a F(x) + b x            two learned scalars, here 1 at the start
+LR   y = F(x) + x + W2 W1 x      W2 W1 of low rank; here W2 = 0 at the start
+PA   x_{i+1} = F_i(x_i) + x_i + W2 W1 (c_0 x_i + c_1 x_{i-1} + ...)   over k inputs; here c = 1/k at the start
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
 def laurel_low_rank(
     x: Tensor, f: Tensor, down: Tensor, up: Tensor, dim: int = -1, mapped: Tensor | None = None
 ) -> Tensor:
-    """``f + (x + up down mapped)``, ``mapped`` ``x`` by default: ``down [rank, width]``, ``up [width,
-    rank]``.
+    """``f + (x + up down mapped)`` with ``down [rank, width]`` and ``up [width, rank]``.
+
+    ``mapped`` is ``x`` by default.
 
     Example:
         >>> x, down, up = torch.ones(2), torch.ones(1, 2), torch.ones(2, 1)
@@ -62,12 +63,12 @@ class LaurelWeights(Connection):
 
 
 class LaurelLowRank(Connection):
-    """``F(x) + x + W2 W1 x``: the shortcut learns a little of its own.
+    """``F(x) + x + W2 W1 x``: a shortcut with a learned low-rank term.
 
     Args:
         branch: F.
         width: size of dimension ``dim``.
-        rank: of the learned part.
+        rank: rank of W2 W1.
         dim: the dimension that holds the features.
 
     Example:
@@ -93,8 +94,8 @@ class LaurelPrevious(Chain):
     Args:
         branches: F_1, F_2, ..., of one width.
         width: size of dimension ``dim``.
-        rank: of the learned part.
-        previous: k, how many inputs it reads at most.
+        rank: rank of W2 W1.
+        previous: k, the largest number of inputs that it reads.
         dim: the dimension that holds the features.
 
     Example:
@@ -112,7 +113,7 @@ class LaurelPrevious(Chain):
         self.up = nn.ParameterList(torch.zeros(width, rank) for _ in branches)
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``x_{i+1}``; the state: x_0, ..., x_i."""
+        """The state ``[x_0, ..., x_{i+1}]``, and ``x_{i+1}``."""
         weights, x = self.weights[index], state[-1]
         mapped = depth_average(state[-len(weights) :][::-1], weights)
         y = laurel_low_rank(x, f, self.down[index], self.up[index], self.dim, mapped)

@@ -5,7 +5,7 @@ ReZero       the same                              Bachlechner et al. 2020, arXi
 LayerScale   y = x + diag(g) F(x), g = 1e-4        Touvron et al. 2021, arXiv 2103.17239
 
 Factors and offsets on both sides:
-affine       y = s (x + b) + t (F(x) + c), s = t = 1, b = c = 0; one a feature
+affine       y = s (x + b) + t (F(x) + c), s = t = 1, b = c = 0; per feature
              ZAYA1 (Zyphra 2026, arXiv 2605.05365, section II-A3; transformers, zaya)
 """
 
@@ -28,7 +28,7 @@ def rezero(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
 
 
 def layer_scale(x: Tensor, f: Tensor, gamma: Tensor, dim: int = -1) -> Tensor:
-    """``x + gamma * f`` with one ``gamma`` for each feature, which lie in dimension ``dim``.
+    """``x + gamma * f`` with one ``gamma`` per feature along dimension ``dim``.
 
     Example:
         >>> layer_scale(torch.ones(2), torch.ones(2), torch.tensor([0.0, 0.5]))
@@ -38,7 +38,7 @@ def layer_scale(x: Tensor, f: Tensor, gamma: Tensor, dim: int = -1) -> Tensor:
 
 
 class ReZero(Connection):
-    """``x + a F(x)``: at first the identity; a's gradient is there from the first step, F's from the second.
+    """``x + a F(x)``, initially the identity; a has a gradient from the first step, F from the second.
 
     Args:
         branch: F.
@@ -61,8 +61,9 @@ class ReZero(Connection):
 
 
 class SkipInit(ReZero):
-    """``x + a F(x)``, a = 0: ReZero's equation, found at the same time as what batch norm does at the
-    start.
+    """``x + a F(x)`` with a = 0 at the start: the equation of :class:`ReZero`.
+
+    De and Smith derive it from the effect of batch normalisation at initialisation.
 
     Example:
         >>> x = torch.randn(3, 4)
@@ -77,7 +78,7 @@ class LayerScale(Connection):
     Args:
         branch: F.
         width: size of dimension ``dim``.
-        init: where every element of g starts; the paper's 0.1 to 1e-6, the deeper the network the lower.
+        init: initial value of every element of g; 0.1 to 1e-6 in the paper, lower for deeper networks.
         dim: the dimension that holds the features.
 
     Example:
@@ -96,7 +97,7 @@ class LayerScale(Connection):
 
 
 def affine_residual(x: Tensor, f: Tensor, scale: Tensor, offset: Tensor, dim: int = -1) -> Tensor:
-    """``scale[0] (x + offset[0]) + scale[1] (f + offset[1])``, each one number a feature.
+    """``scale[0] (x + offset[0]) + scale[1] (f + offset[1])``, each with one element per feature.
 
     Example:
         >>> scale, offset = torch.ones(2, 3), torch.tensor([[0.5] * 3, [0.0] * 3])

@@ -1,21 +1,21 @@
-"""Where the norm N stands.
+"""Positions of the norm N in a residual block.
 
-post-norm       y = N(x + F(x))       Vaswani et al. 2017, arXiv 1706.03762
-pre-norm        y = x + F(N(x))       Xiong et al. 2020, arXiv 2002.04745
-sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732
-(peri-norm) DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's weights times b at
-the start:
-                                      L layers alone                  a = (2L)^(1/4)           b = (8L)^(-1/4)
-                                      encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4
-                                      M)^(-1/16) decoder, M, with an encoder     a = (3M)^(1/4)           b =
-                                      (12M)^(-1/4)
-sub-LN          y = x + W N(G(N(x)))   Wang et al. 2022 (Magneto), arXiv 2210.06423; F = W G, W its last
-linear map; F's
-                                      weights but those of q and k times sqrt(log 2L) at the start, L layers
-Keel            y = N(L x + F(N(x)))  Chen and Wei 2026, arXiv 2601.19895; L branches in the network
-Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the
-root of
-                                      the summed variances of x and of the branches before at the start
+post-norm       y = N(x + F(x))         Vaswani et al. 2017, arXiv 1706.03762
+pre-norm        y = x + F(N(x))         Xiong et al. 2020, arXiv 2002.04745
+sandwich norm   y = x + N(F(N(x)))      Ding et al. 2021, arXiv 2105.13290
+                                        Kim et al. 2025 (peri-norm), arXiv 2502.02732
+DeepNorm        y = N(a x + F(x))       Wang et al. 2022, arXiv 2203.00555
+                F's weights times b at the start:
+                L layers alone                a = (2L)^(1/4)            b = (8L)^(-1/4)
+                encoder, N, with M decoding   a = 0.81 (N^4 M)^(1/16)   b = 0.87 (N^4 M)^(-1/16)
+                decoder, M, with an encoder   a = (3M)^(1/4)            b = (12M)^(-1/4)
+sub-LN          y = x + W N(G(N(x)))    Wang et al. 2022 (Magneto), arXiv 2210.06423
+                F = W G, W its last linear map; F's weights, but those of q and k, times sqrt(log 2L) at the
+                start, L layers
+Keel            y = N(L x + F(N(x)))    Chen and Wei 2026, arXiv 2601.19895; L branches in the network
+Admin           y = N(w x + F(x))       Liu et al. 2020, arXiv 2004.08249
+                w is learned, per feature; at the start the root of the summed variances of the network's
+                input and the outputs of all earlier branches
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PreNorm(_Normed):
         branch: F.
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
-        norm: in place of layer normalisation.
+        norm: module to use instead of layer normalisation.
 
     Example:
         >>> x = torch.tensor([[1.0, 3.0]])
@@ -73,8 +73,8 @@ class PostNorm(_Normed):
 class Admin(PostNorm):
     """``N(diag(w) x + F(x))``.
 
-    Arguments as for :class:`PreNorm`, and ``omega``, where every element of w starts: the paper runs the
-    network once and takes the root of the summed variances of the branches before.
+    Arguments as for :class:`PreNorm`, and ``omega``, the initial value of every element of w. :func:`admin_`
+    sets it as the paper does, from one run of the network.
 
     Example:
         >>> Admin(nn.Linear(4, 4), 4, omega=3**0.5).omega.shape
@@ -103,7 +103,7 @@ class Admin(PostNorm):
 class SandwichNorm(PreNorm):
     """``x + N'(F(N(x)))``: a second norm after the branch.
 
-    Arguments as for :class:`PreNorm`, and ``norm_out`` in place of the second norm.
+    Arguments as for :class:`PreNorm`, and ``norm_out``, the module to use as the second norm.
 
     Example:
         >>> block = SandwichNorm(nn.Linear(4, 4), 4)
@@ -130,13 +130,12 @@ class SandwichNorm(PreNorm):
 
 
 class Keel(PreNorm):
-    """``N(depth x + F(N(x)))``: post-norm whose shortcut outweighs the branch the more, the deeper the
-    network.
+    """``N(depth x + F(N(x)))``: post-norm whose shortcut is scaled by the network's depth.
 
     Args:
         branch: F.
         width: size of dimension ``dim``.
-        depth: how many such branches the network has.
+        depth: number of such branches in the network.
         dim: the dimension that holds the features.
 
     Example:
@@ -160,14 +159,14 @@ class SubNorm(PreNorm):
     """``x + W N'(G(N(x)))``: a second norm inside the branch, before its last linear map W.
 
     Args:
-        branch: F; its last linear layer or convolution is W, and gets the norm as a hook.
+        branch: F; its last linear layer or convolution is W, and gets the norm as a forward pre-hook.
         width: size of dimension ``dim``.
-        layers: of the network; each has two branches. They scale the weights of F, but those of queries and
-            keys.
+        layers: number of layers in the network, of two branches each. It determines the factor on the weights
+            of F, except those of queries and keys.
         dim: the dimension that holds the features.
 
     Raises:
-        SkipscopeError: the branch has no linear map that is called.
+        SkipscopeError: the branch has no linear map that it calls as a module.
 
     Example:
         >>> branch = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
@@ -182,9 +181,9 @@ class SubNorm(PreNorm):
             self.initialise_(branch)
 
     def initialise_(self, branch: nn.Module) -> None:
-        """The norm before the last linear map, and the paper's initialisation."""
+        """Insert the norm before the last linear map, and initialise the weights as in the paper."""
         maps = [m for m in branch.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        # Attention of torch reads its last layer's weight, and does not call the layer.
+        # torch's attention uses the weight of its last layer without calling the layer, so hooks do not run.
         if not maps or any(isinstance(m, nn.MultiheadAttention) for m in branch.modules()):
             raise SkipscopeError(
                 "SubNorm",
@@ -224,16 +223,16 @@ def sub_norm_gain(layers: int) -> float:
 
 
 class DeepNorm(_Normed):
-    """``N(a x + F(x))``, a as :func:`deep_norm_constants` has it.
+    """``N(a x + F(x))``, with a from :func:`deep_norm_constants`.
 
     Args:
-        branch: F; :func:`deep_norm_`, or ``initialise_``, gives its weights their scale.
+        branch: F; :func:`deep_norm_` or ``initialise_`` scales its weights.
         width: size of dimension ``dim``.
-        layers: of the encoder or decoder; each has two branches.
-        encoder_layers: of the encoder beside this decoder.
-        decoder_layers: of the decoder beside this encoder.
+        layers: number of layers of this encoder or decoder, of two branches each.
+        encoder_layers: for a decoder with an encoder, the encoder's number of layers.
+        decoder_layers: for an encoder with a decoder, the decoder's number of layers.
         dim: the dimension that holds the features.
-        norm: in place of layer normalisation.
+        norm: module to use instead of layer normalisation.
 
     Example:
         >>> block = DeepNorm(nn.Linear(4, 4), 4, layers=8)
@@ -260,7 +259,7 @@ class DeepNorm(_Normed):
         )
 
     def initialise_(self, branch: nn.Module) -> None:
-        """As :func:`deep_norm_` does."""
+        """Scale a branch's weights as :func:`deep_norm_` does."""
         _scale_values(branch, self.branch_scale, QUERIES_AND_KEYS)
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
@@ -271,12 +270,12 @@ class DeepNorm(_Normed):
 def deep_norm_constants(
     layers: int, *, encoder_layers: int | None = None, decoder_layers: int | None = None
 ) -> tuple[float, float]:
-    """DeepNorm's factor on the shortcut, and the one on the branch's weights at the start.
+    """DeepNorm's factor on the shortcut, and its factor on the branch's initial weights.
 
     Args:
-        layers: of this encoder or decoder.
-        encoder_layers: of the encoder beside it, if this is a decoder that has one.
-        decoder_layers: of the decoder beside it, if this is an encoder that has one.
+        layers: number of layers of this encoder or decoder.
+        encoder_layers: for a decoder with an encoder, the encoder's number of layers.
+        decoder_layers: for an encoder with a decoder, the decoder's number of layers.
 
     Example:
         >>> deep_norm_constants(8)
@@ -290,7 +289,7 @@ def deep_norm_constants(
     return (2 * layers) ** 0.25, (8 * layers) ** -0.25
 
 
-# Weights of queries and keys, as libraries call them; DeepNorm leaves them alone.
+# Names of query and key weights in common libraries; DeepNorm does not scale them.
 QUERIES_AND_KEYS = (
     "q_proj",
     "k_proj",
@@ -303,7 +302,8 @@ QUERIES_AND_KEYS = (
     "wq",
     "wk",
 )
-# Queries, keys and values in one weight: their thirds, in this order.
+# Weights that hold queries, keys and values: as thirds of the rows, as thirds of the columns, or in another
+# order.
 _FUSED_ROWS = ("in_proj_weight", "qkv", "Wqkv", "in_proj", "to_qkv")
 _FUSED_COLUMNS = ("c_attn",)
 _FUSED_OTHERWISE = ("query_key_value", "qkv_proj", "W_pack", "kv_proj", "to_kv")
@@ -318,19 +318,19 @@ def deep_norm_(
     encoder_layers: int | None = None,
     decoder_layers: int | None = None,
 ) -> nn.Module:
-    """Scale a branch's weights in place as DeepNorm does: all but those of queries and keys.
+    """Scale a branch's weights in place as DeepNorm does, except those of queries and keys.
 
-    Of queries, keys and values in one weight the last third is scaled.
+    Of a weight that holds queries, keys and values, the last third is scaled.
 
     Args:
-        branch: F, with the initialisation whose gain is to be scaled (the paper's is Xavier's).
-        layers: of the encoder or decoder.
-        skip: weights whose module, or own name, is one of these stay as they are.
+        branch: F, already initialised (Xavier in the paper).
+        layers: number of layers of the encoder or decoder.
+        skip: names of weights, or of their modules, that are not scaled.
         encoder_layers: see :func:`deep_norm_constants`.
         decoder_layers: see :func:`deep_norm_constants`.
 
     Raises:
-        SkipscopeError: a weight fuses queries, keys and values in an order that is not known.
+        SkipscopeError: a weight fuses queries, keys and values in an unknown order.
 
     Example:
         >>> branch = nn.Linear(2, 2)
@@ -361,22 +361,23 @@ def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> No
                 cure="scale it by hand, and leave it out: skip=(...)",
             )
         scaled.append(parameter if dim is None else parameter.chunk(3, dim)[2])
-    for weight in scaled:  # none, if one was refused
+    # Scale only after the loop, so that a refusal leaves every weight unchanged.
+    for weight in scaled:
         weight.mul_(factor)
 
 
 @torch.no_grad()
 def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
-    """Start every :class:`Admin` of a model where the paper does, in place: from one pass of the network over
-    data.
+    """Initialise every :class:`Admin` of a model in place from one forward pass over data, as the paper does.
 
-    With every w at 1, the pass measures the variance of each branch's output; then the w of branch i is the
-    root of the variance of the first branch's input and of those of the branches before i.
+    With every w at 1, the pass measures the variance of each branch's output. Then the w of branch i is the
+    square root of a sum: the variance of the first branch's input, and the variances of the outputs of the
+    branches before i.
 
     Args:
-        model: holds the :class:`Admin` modules, which are called one after the other.
-        inputs: what the model is called with.
-        keywords: the same, by name.
+        model: a model that calls its :class:`Admin` modules in sequence.
+        inputs: its positional arguments.
+        keywords: its keyword arguments.
 
     Example:
         >>> blocks = nn.Sequential(*[Admin(nn.Linear(4, 4), 4) for _ in range(3)])

@@ -1,7 +1,7 @@
-"""Branches side by side: GPT-J (Wang and Komatsuzaki 2021), PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
+"""Parallel branches: GPT-J (Wang and Komatsuzaki 2021), PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
 
-y = x + F_1(N(x)) + F_2(N(x)) + ...: one shortcut past all of them, a transformer's attention and its
-feed-forward part
+y = x + F_1(N(x)) + F_2(N(x)) + ...: one shortcut around all branches, in a transformer around attention and
+feed-forward layer
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ParallelBranches(nn.Module):
         self.norm, self.branches = WidthNorm(width, dim=dim), nn.ModuleList(branches)
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """What follows ``x`` goes to every branch as it is."""
+        """The sum of ``x`` and all branches; further arguments go to every branch."""
         read = self.norm(x)
         parts = [branch(read, *args, **keywords) for branch in self.branches]
         return identity_shortcut(x, reduce(add, parts))

@@ -1,6 +1,6 @@
-"""Every kind of shortcut by name, with its equation, its paper and its own arguments, built alike.
+"""Registry of all kinds of shortcut: name, equation, paper and arguments, built through one signature.
 
-For ``add_shortcuts(kind=...)``, ``rewire(kind=...)`` and the contract suite.
+Used by ``add_shortcuts(kind=...)``, ``rewire(kind=...)`` and the contract suite.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from skipscope.nn._stochastic import DropoutShortcut, StochasticDepth
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of shortcut: what it computes, where it is from, and how a module of it is made.
+    """A kind of shortcut: its equation, its paper, and a factory for its modules.
 
     Attributes:
-        name: as ``add_shortcuts``, ``rewire`` and ``registry`` know it.
+        name: its name in ``add_shortcuts``, ``rewire`` and ``registry``.
         module: its class.
         equation: the output y from the input x and the branch F.
         paper: authors, year, arXiv number or repository.
-        keeps_width: the output is as wide as the input.
-        own_branches: it has a second branch of its own, made from the first.
+        keeps_width: whether the output is as wide as the input.
+        own_branches: whether it creates a second branch from the first.
 
     Example:
         >>> import torch
@@ -76,12 +76,12 @@ class Kind:
 
     @property
     def spans_depth(self) -> bool:
-        """Whether it joins the branches of a whole chain; a chain of one says little."""
+        """Whether it joins a whole chain of branches, and not a single branch."""
         return issubclass(self.module, Chain | StreamConnection)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The kind's own arguments by name, with their defaults."""
+        """The arguments specific to the kind -> their defaults."""
         own = inspect.signature(self.module.__init__).parameters.values()
         return {p.name: p.default for p in own if p.default is not p.empty and p.name not in _GIVEN}
 
@@ -100,15 +100,15 @@ class Kind:
         depth: int = 1,
         **arguments: Any,
     ) -> nn.Module:
-        """A module of this kind around a branch that keeps ``width``, or around a chain of branches.
+        """Build a module of this kind around a branch that keeps ``width``, or around a chain of branches.
 
         Args:
-            branch: F; for a kind that spans depth all branches of the chain, in order (one alone is a chain
-                of one).
+            branch: F; for a kind that spans depth, all branches of the chain in order (a single module is a
+                chain of one).
             width: size of dimension ``dim``.
             dim: the dimension that holds the features; 1 for images.
-            depth: how many branches the network has.
-            arguments: the kind's own, see ``arguments``.
+            depth: number of branches in the network.
+            arguments: arguments specific to the kind; see the property ``arguments``.
 
         Raises:
             SkipscopeError: several branches for a kind that takes one, or an argument that the kind does not
@@ -126,9 +126,12 @@ class Kind:
         branches = [branch] if isinstance(branch, nn.Module) else list(branch)
         if len(branches) != 1 and not self.spans_depth:
             raise SkipscopeError(
-                "skipscope.nn", f"the kind {self.name!r} goes around one branch", expected="one module",
-                got=f"{len(branches)} modules", cure="build one for each branch, or nn.Sequential(*branches)",
-            )  # fmt: skip
+                "skipscope.nn",
+                f"the kind {self.name!r} goes around one branch",
+                expected="one module",
+                got=f"{len(branches)} modules",
+                cure="build one for each branch, or nn.Sequential(*branches)",
+            )
         if self._make is not None:
             return self._make(*branches, width, dim, depth, **arguments)
         known = {"width": width, "dim": dim, "depth": depth, "layers": _layers(depth)}
@@ -142,7 +145,7 @@ class Kind:
         return self.module(*branches, **given)
 
 
-# What `Kind.__call__` gives to every kind that takes it, and the user does not choose.
+# Arguments that `Kind.__call__` sets itself, so they are not among a kind's own.
 _GIVEN = {
     "self",
     "branch",
@@ -159,7 +162,7 @@ _GIVEN = {
 
 
 def _layers(depth: int) -> int:
-    """Layers of two branches each."""
+    """The number of layers of two branches each, at least 1."""
     return max(1, depth // 2)
 
 
@@ -376,7 +379,7 @@ _KINDS = (
 
 
 def registry() -> dict[str, Kind]:
-    """Every kind of shortcut of this package: name -> :class:`Kind`, which builds a module of it.
+    """Every kind of shortcut in this package: name -> :class:`Kind`, which builds its modules.
 
     Example:
         >>> import torch
@@ -391,10 +394,10 @@ def registry() -> dict[str, Kind]:
 
 
 def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
-    """The kind of that name or that class; None for a class of the user's own.
+    """Look up a kind by its name or its class. None for a user-defined class.
 
     Raises:
-        SkipscopeError: a name that no kind has.
+        SkipscopeError: an unknown name.
 
     Example:
         >>> find_kind("rezero", "my_function").name

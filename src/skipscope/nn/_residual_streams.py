@@ -2,9 +2,9 @@
 
 f_k = F_k(x_k),   x_{k+1} = N(x_k + f_k),   d_{k+1} = d_k + f_k,   d_1 = x_1 = x;   y = x_last + N(d_last)
 
-The first stream is post-norm's, the second pre-norm's: its gradient does not pass a norm at every layer. Each
-layer has two shortcuts, one in each stream; the last sum has none: both streams reach it from the last branch
-through one norm, and neither skips anything.
+The first stream is that of post-norm, the second that of pre-norm: its gradient does not pass a norm at every
+layer. Each layer has two shortcuts, one in each stream. The last sum is not a shortcut: both streams reach it
+from the last branch through one norm each, and neither skips anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from skipscope.nn._connection import Chain, WidthNorm
 
 
 def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Both streams after a layer: ``norm(post + f)``, which the next layer reads, and ``pre + f``.
+    """Both streams after a layer: ``norm(post + f)``, the next layer's input, and ``pre + f``.
 
     Example:
         >>> import torch
@@ -27,7 +27,7 @@ def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> t
 
 
 class ResidualStreams(Chain):
-    """ResiDual: a stack of branches between two streams, one tensor outside.
+    """ResiDual: a stack of branches that write to two streams; input and output are one tensor.
 
     Args:
         branches: the F of each layer.
@@ -49,13 +49,13 @@ class ResidualStreams(Chain):
         self.norm_out = WidthNorm(width, dim=dim)
 
     def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """``d_1 = x_1 = x``; x_k is what branch k reads, so that both streams are the state."""
+        """The state ``(x_1, d_1)``, twice ``x``, and the first branch's input ``x_1``."""
         return (x, x), x
 
     def step(
         self, index: int, state: tuple[Tensor, Tensor], f: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Both streams after a layer, and the first, which the next layer reads; at last ``x + N(d)``."""
+        """Both streams after a layer, and the next layer's input; after the last layer ``x + N(d)``."""
         post, pre = residual_streams(*state, f, self.norms[index])
         last = index == len(self.branches) - 1
         return (post, pre), post + self.norm_out(pre) if last else post

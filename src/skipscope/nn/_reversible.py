@@ -1,9 +1,8 @@
-"""Two streams that can be computed back: Gomez et al. 2017 (RevNet, arXiv 1707.04585), Kitaev et al. 2020
-(Reformer, 2001.04451).
+"""Two reversible streams: Gomez et al. 2017 (RevNet, 1707.04585), Kitaev et al. 2020 (Reformer, 2001.04451).
 
-y1 = x1 + F(x2),   y2 = x2 + G(y1);   backward x2 = y2 - G(y1), x1 = y1 - F(x2)
+y1 = x1 + F(x2),   y2 = x2 + G(y1);   inverse x2 = y2 - G(y1), x1 = y1 - F(x2)
 
-This is the equation; storing no activations, its purpose, is left to the caller.
+Only the equation is implemented; recomputing activations to save memory is left to the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def reversible(x1: Tensor, x2: Tensor, f: Branch, g: Branch) -> tuple[Tensor, Te
 
 
 def reversed_from(y1: Tensor, y2: Tensor, f: Branch, g: Branch) -> tuple[Tensor, Tensor]:
-    """What :func:`reversible` was given, from what it gave.
+    """Recover the inputs ``x1, x2`` of :func:`reversible` from its outputs.
 
     Example:
         >>> import torch
@@ -47,8 +46,8 @@ class Reversible(Chain):
     """Reversible layers between two streams, which begin as copies of one tensor and end as their mean.
 
     Args:
-        branches: F and G of each layer, in turn; the last F of an odd number gets as its
-            G a copy with other weights of the same initialisation.
+        branches: F and G of each layer, alternating. If the number is odd, the last F gets as its G a copy of
+            itself with permuted weights.
 
     Example:
         >>> import torch
@@ -62,13 +61,13 @@ class Reversible(Chain):
         self.branches = nn.ModuleList(branches)
 
     def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Two copies of ``x``; F reads the second."""
+        """The streams, two copies of ``x``, and the input of the first F."""
         return (x, x), x
 
     def step(
         self, index: int, state: tuple[Tensor, Tensor], f: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """``(y1, x2)`` after an F, which G reads the first of; ``(y1, y2)`` after a G; at last their mean."""
+        """The streams, ``(y1, x2)`` after an F or ``(y1, y2)`` after a G, and the next input or the mean."""
         one, two = state
         state = (one, two + f) if index % 2 else (one + f, two)
         last = index == len(self.branches) - 1

@@ -1,8 +1,8 @@
 """Constant factors on shortcut and branch.
 
 constant scale   y = a x + b F(x)          He et al. 2016, arXiv 1603.05027, section 3.1 (a = b = 0.5)
-depth scale      y = x + F(x) / sqrt(L)    L branches then add up to a variance that does not depend on L
-                                           (Hayou et al. 2021, arXiv 2010.12859)
+depth scale      y = x + F(x) / sqrt(L)    Hayou et al. 2021, arXiv 2010.12859; the summed variance of L
+                                           branches does not depend on L
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DepthScaled(Connection):
 
     Args:
         branch: F.
-        depth: how many such branches the network has.
+        depth: number of such branches in the network.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Two branches mixed at random: Gastaldi 2017 (shake-shake, arXiv 1705.07485).
 
-y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn in each forward pass; the backward pass sees
-another draw in its place. When not training, a = 1/2.
+y = x + a F1(x) + (1 - a) F2(x), with a uniform in [0, 1] drawn in each forward pass; the backward pass uses a
+separate draw. In evaluation mode a = 1/2.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from skipscope.nn._identity import IdentityShortcut
 
 
 def shake_shake(f1: Tensor, f2: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-    """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) *
-    f2``.
+    """``forward * f1 + (1 - forward) * f2``, with the gradient of ``backward * f1 + (1 - backward) * f2``.
 
     Example:
         >>> f1, f2 = torch.ones(2, requires_grad=True), torch.zeros(2)
@@ -34,8 +33,8 @@ class ShakeShake(IdentityShortcut):
 
     Args:
         branch: F1.
-        other: F2; by default a copy of F1 with other weights of the same initialisation.
-        mode: draw for each ``"row"`` (the paper's best) or once for the ``"batch"``.
+        other: F2; by default a copy of F1 with permuted weights.
+        mode: draw for each ``"row"`` (best in the paper) or once for the ``"batch"``.
 
     Example:
         >>> block = ShakeShake(nn.Identity(), nn.Identity()).eval()
@@ -51,7 +50,7 @@ class ShakeShake(IdentityShortcut):
         self.mode: Literal["row", "batch"] = mode
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """What follows ``x`` goes to both branches."""
+        """The sum of ``x`` and the mixed branches; further arguments go to both branches."""
         f1, f2 = (f(self.read(x), *args, **keywords) for f in (self.branch, self.other))
         if not self.training:
             return self.write(x, (f1 + f2) / 2)
@@ -62,9 +61,7 @@ class ShakeShake(IdentityShortcut):
 
 @torch.no_grad()
 def permuted_copy(branch: nn.Module) -> nn.Module:
-    """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are
-    permuted.
-    """
+    """Copy ``branch`` and permute the columns of each weight, which keeps the initial distribution."""
     other = copy.deepcopy(branch)
     for parameter in other.parameters():
         columns = 1 if parameter.ndim > 1 and parameter.shape[1] > 1 else 0

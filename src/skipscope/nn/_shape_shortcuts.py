@@ -1,4 +1,4 @@
-"""Shortcuts where the shape changes, options A, B and C: He et al. 2015, arXiv 1512.03385, section 4.1.
+"""Shortcuts for shape changes, options A, B and C: He et al. 2015, arXiv 1512.03385, section 4.1.
 
 A   y = pad(x[::stride]) + F(x)                    no weights
 B   y = W x + F(x) where the shape changes, x + F(x) elsewhere
@@ -14,13 +14,12 @@ from skipscope.nn._connection import Connection, Pointwise, pad_width
 
 
 def strided(x: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th pixel of an image ``[n, c, h, w]``; other tensors are left as they are."""
+    """Every ``stride``-th pixel of images ``[n, c, h, w]``; with stride 1 the tensor itself."""
     return x[:, :, ::stride, ::stride] if stride > 1 else x
 
 
 def pad_shortcut(x: Tensor, width: int, *, stride: int = 1, dim: int = 1) -> Tensor:
-    """Option A: every ``stride``-th pixel, and zeros for the features that are new, half in front, half
-    behind.
+    """Option A: every ``stride``-th pixel, and zeros for the new features, half in front and half behind.
 
     Example:
         >>> import torch
@@ -37,8 +36,8 @@ class PadShortcut(Connection):
     Args:
         branch: F, from ``width`` to ``width_out`` features.
         width: features in; with ``dim=1`` the channels of an image.
-        width_out: features out; as many by default.
-        stride: of the branch.
+        width_out: features out; by default ``width``.
+        stride: stride of the branch.
         dim: the dimension that holds the features.
 
     Example:
@@ -59,7 +58,7 @@ class PadShortcut(Connection):
 
 
 class ProjectionShortcut(Connection):
-    """Options B and C, ``W x + F(x)``; where it is wanted is for the caller to say.
+    """Options B and C, ``W x + F(x)``; :func:`option` chooses between this and option A.
 
     Arguments as for :class:`PadShortcut`.
 
@@ -93,10 +92,10 @@ def option(
     stride: int = 1,
     dim: int = -1,
 ) -> Connection:
-    """The shortcut module that option ``"A"``, ``"B"`` or ``"C"`` asks for between these widths.
+    """Build the shortcut module of option ``"A"``, ``"B"`` or ``"C"`` for these widths.
 
     Raises:
-        SkipscopeError: another letter.
+        SkipscopeError: an unknown letter.
 
     Example:
         >>> type(option("B", nn.Linear(4, 4), 4)).__name__, type(option("B", nn.Linear(4, 8), 4, 8)).__name__

@@ -1,10 +1,10 @@
-"""Shortcuts and branches that are dropped at random while training.
+"""Shortcuts and branches that are dropped at random in training.
 
     dropout shortcut    y = dropout(x) + F(x)      He et al. 2016, arXiv 1603.05027, section 3.4 (it fails)
     stochastic depth    y = x + b F(x) / (1 - p)   Huang et al. 2016, arXiv 1603.09382; b ~ Bernoulli(1 - p)
 
-Huang et al. multiply by 1 - p when not training; dividing by it in training is the same network with another
-scale of the weights, and is what timm and torchvision do.
+Huang et al. multiply by 1 - p in evaluation mode. Dividing by it in training, as timm and torchvision do, is
+the same network up to the scale of the weights.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def dropout_shortcut(x: Tensor, f: Tensor, p: float, training: bool) -> Tensor:
 
 
 def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "batch"] = "row") -> Tensor:
-    """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the
-    batch.
+    """Zero ``f`` with probability ``p``, per row or per batch; divide what is kept by ``1 - p``.
 
     Example:
         >>> stochastic_depth(torch.ones(2, 3), p=1.0, training=True)  # every row is dropped
@@ -47,7 +46,7 @@ def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "
 
 
 class DropoutShortcut(Connection):
-    """``dropout(x) + F(x)``: scaled by a random mask while training, the identity shortcut otherwise.
+    """``dropout(x) + F(x)`` in training; ``x + F(x)`` in evaluation mode.
 
     Args:
         branch: F.
@@ -68,11 +67,11 @@ class DropoutShortcut(Connection):
 
 
 class StochasticDepth(Connection):
-    """``x + b F(x) / (1 - p)``, b drawn in every training pass; ``x + F(x)`` otherwise.
+    """``x + b F(x) / (1 - p)`` with a random b in training; ``x + F(x)`` in evaluation mode.
 
     Args:
         branch: F.
-        p: the probability that the branch is dropped. Huang et al. let it grow from 0 at the input to 0.5.
+        p: the probability that the branch is dropped; in the paper it grows from 0 at the input to 0.5.
         mode: draw for each ``"row"`` (sample) or once for the ``"batch"``, as the paper does.
 
     Example:

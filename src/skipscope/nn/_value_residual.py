@@ -1,8 +1,8 @@
-"""Values of the first layer in every later one: Zhou et al. 2024 (ResFormer, arXiv 2410.17897), section 3.
+"""First-layer values in every later layer: Zhou et al. 2024 (ResFormer, arXiv 2410.17897), section 3.
 
 x_n = x_{n-1} + softmax(Q_n K_n^T / sqrt(d)) (a V_n + b V_1) W_n,   Q_n, K_n, V_n from N(x_{n-1})
 
-a and b are learned, one pair a layer, 1/2 each at the start; the first layer uses V_1 alone.
+a and b are learned per layer, 1/2 each at the start; the first layer uses V_1 alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def value_residual(values: Tensor, first: Tensor, weights: Tensor) -> Tensor:
 
 
 class ValueResidualAttention(nn.Module):
-    """Self-attention ``[n, tokens, width]`` whose values may be joined with those of another layer.
+    """Self-attention ``[n, tokens, width]`` whose values can be mixed with those of the first layer.
 
     Args:
-        width: of a token.
-        heads: how many parts of it attend by themselves.
-        causal: whether a token sees only those before it.
-        mixes: whether its values are ever joined with another layer's; the first layer's are not.
+        width: width of a token.
+        heads: number of attention heads.
+        causal: whether a token attends only to itself and earlier tokens.
+        mixes: whether it has weights to mix its values with the first layer's; False for the first layer.
 
     Example:
         >>> added, values = ValueResidualAttention(8, heads=2)(torch.randn(3, 5, 8))
@@ -44,7 +44,7 @@ class ValueResidualAttention(nn.Module):
         self.weights = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the layer adds to its input, and its own values, before they are joined with ``first``."""
+        """The layer's output, to be added to its input, and its own values before mixing with ``first``."""
         parts = self.project(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         query, key, values = (part.transpose(-2, -3) for part in parts)
         used = values
@@ -55,13 +55,13 @@ class ValueResidualAttention(nn.Module):
 
 
 class ValueResidual(nn.Module):
-    """Pre-norm attention layers in a row, the first one's values in all of them.
+    """A stack of pre-norm attention layers that all use the first layer's values.
 
     Args:
-        width: of a token.
-        layers: how many.
-        heads: of each layer.
-        causal: whether a token sees only those before it.
+        width: width of a token.
+        layers: number of layers.
+        heads: number of attention heads of each layer.
+        causal: whether a token attends only to itself and earlier tokens.
 
     Example:
         >>> import skipscope as ss

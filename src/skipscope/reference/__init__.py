@@ -1,7 +1,7 @@
-"""Known networks with known counts, and real data that needs no download.
+"""Reference networks of known size, and real data that needs no download.
 
 ``digits`` and ``english`` return a batch ``(inputs, target)`` that every function of skipscope takes as data.
-``networks()`` names the networks for the command line.
+``networks()`` lists the networks by their names on the command line.
 
 Example:
     >>> model = deep_mlp(depth=12, shortcut="identity")

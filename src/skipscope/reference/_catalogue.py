@@ -1,4 +1,4 @@
-"""The names under which the command line and the benchmarks know the networks, and the data for each."""
+"""The reference networks by name, for the command line and the benchmarks, and the data for each."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
 
 
 def data_for(name: str, n: int = 128, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The batch that goes with a named network: digits, or English.
+    """A batch of data for a named network: digits, or English.
 
     Args:
         name: a key of :func:`networks`.
-        n: samples.
-        seed: which.
+        n: number of samples.
+        seed: seed of the sampling.
 
     Raises:
-        SkipscopeError: no such network.
+        SkipscopeError: an unknown name.
 
     Example:
         >>> inputs, target = data_for("resnet20", 16)

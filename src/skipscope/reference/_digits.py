@@ -1,4 +1,4 @@
-"""The digits: 1,797 real images of handwritten digits, 8 x 8 pixels, inside the package.
+"""1,797 real images of handwritten digits, 8 x 8 pixels, included in the package.
 
 Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998
 (https://doi.org/10.24432/C50P49), CC BY 4.0; see LICENSE-digits.txt beside the data.
@@ -17,7 +17,7 @@ from torch import Tensor
 from skipscope._errors import SkipscopeError
 from skipscope._validation import require_option
 
-# The images come writer by writer: a split in the middle of nothing would put one hand on both sides.
+# The images are ordered by writer, so a random split would put the same writers into train and test.
 _TRAIN = 1437
 
 
@@ -30,17 +30,17 @@ def digits(
     Repository, 1998 (https://doi.org/10.24432/C50P49), licensed CC BY 4.0.
 
     Args:
-        n: how many; None for all, in the order of the source. Fewer are drawn without repetition, every
-            class as often as the others (to one image), in a random but fixed order.
-        seed: which ``n``.
+        n: number of images; None for all, in the order of the source. Fewer are sampled without replacement
+            and class-balanced (counts differ by at most one), in a random order that depends on ``seed``.
+        seed: seed of the sampling.
         split: ``"train"`` is the first 1,437 images, ``"test"`` the last 360; None is both.
-        image: the shape of the inputs: ``[n, 1, 8, 8]`` instead of ``[n, 64]``.
+        image: return inputs of shape ``[n, 1, 8, 8]`` instead of ``[n, 64]``.
 
     Returns:
         ``(inputs, target)``: float32 from 0 (paper) to 1 (ink), and int64 classes ``[n]`` from 0 to 9.
 
     Raises:
-        SkipscopeError: more images asked for than there are, or an unknown split.
+        SkipscopeError: ``n`` is not between 1 and the number of images, or an unknown split.
 
     Example:
         >>> inputs, target = digits(20)
@@ -67,7 +67,7 @@ def _source() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _balanced(chosen: np.ndarray, labels: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
-    """Deal the shuffled images out class by class, one of each a round, and keep the first ``n``."""
+    """Order shuffled images so that each round has one image of every class; keep the first ``n``."""
     chosen = generator.permutation(chosen)
     round_of = np.empty(len(chosen))
     for digit in range(10):

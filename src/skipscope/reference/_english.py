@@ -1,7 +1,6 @@
-"""English text that every Python has: the language reference's topics, from the module pydoc_data.
+"""English text included in every Python: the topics of the language reference, from the module pydoc_data.
 
-The text differs between patch releases of Python, so whoever reports a number on it reports
-``english_text().sha256`` beside it.
+The text differs between patch releases of Python, so report ``english_text().sha256`` with any result on it.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from skipscope._validation import require_option
 
 @dataclass(frozen=True, eq=False)
 class English:
-    """A text as tokens; a token is a byte of its UTF-8 form.
+    """A text as tokens, which are the bytes of its UTF-8 encoding.
 
     Attributes:
         ids: ``[length]`` int64, from 0 to 255.
-        sha256: of the whole text, whatever ``length`` was asked for.
-        vocabulary: how many tokens there may be: 256.
+        sha256: hash of the whole text, regardless of ``length``.
+        vocabulary: number of possible tokens, 256.
 
     Example:
         >>> text = English(torch.tensor([72, 105]), sha256="")
@@ -39,7 +38,7 @@ class English:
     vocabulary: int = 256
 
     def decode(self, ids: Tensor) -> str:
-        """The text that ``ids`` stand for."""
+        """Decode token ids to text."""
         return bytes(ids.tolist()).decode("utf-8", errors="replace")
 
 
@@ -71,14 +70,15 @@ def english(
     """Passages of English as one batch for next-token prediction.
 
     Args:
-        n: how many passages, drawn at random.
-        context: tokens a passage.
+        n: number of passages, drawn at random.
+        context: number of tokens in a passage.
         length: draw from the first ``length`` bytes only; None for the whole text.
-        split: ``"train"`` draws from the first four fifths of these, ``"test"`` from the last; None from all.
-        seed: which passages.
+        split: ``"train"`` draws from the first 80 % of these bytes, ``"test"`` from the last 20 %; None from
+            all.
+        seed: seed of the sampling.
 
     Returns:
-        ``(inputs, target)``: both ``[n, context]`` int64; the target is the inputs moved on by one token.
+        ``(inputs, target)``: both ``[n, context]`` int64; the target is the inputs shifted by one token.
 
     Raises:
         SkipscopeError: no passage of that length fits, or an unknown split.
@@ -94,9 +94,11 @@ def english(
     ids = ids[{"train": slice(cut), "test": slice(cut, None), None: slice(None)}[split]]
     if n < 1 or not 0 < context < len(ids):
         raise SkipscopeError(
-            "english", "no passage of that length fits",
-            expected=f"n >= 1 and a context from 1 to {len(ids) - 1}", got=f"n={n}, context={context}",
-        )  # fmt: skip
+            "english",
+            "no passage of that length fits",
+            expected=f"n >= 1 and a context from 1 to {len(ids) - 1}",
+            got=f"n={n}, context={context}",
+        )
     starts = np.random.default_rng(seed).integers(0, len(ids) - context, size=n)
     windows = ids[torch.from_numpy(starts)[:, None] + torch.arange(context + 1)]
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

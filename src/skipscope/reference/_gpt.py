@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU in between."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings, blocks, a last norm, and a head that shares the embedding's weights; see :func:`gpt`.
+    """Embeddings, blocks, a final norm, and a head tied to the token embedding; see :func:`gpt`.
 
     Example:
         >>> model = GPT(layers=1, width=8, heads=2, vocab=16, context=4)
@@ -81,12 +81,13 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim > 1:
-                # A branch's last layer is drawn smaller: the sum of 2L branches keeps its size (GPT-2).
+                # As in GPT-2, the last layer of a branch gets a smaller std, so that the sum of 2L branches
+                # does not grow with L.
                 last = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if last else 0.02)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """``[B, T]`` int64 -> logits ``[B, V, T]``: classes second, as torch's cross-entropy wants them."""
+        """``[B, T]`` int64 -> logits ``[B, V, T]``, with classes second as torch's cross-entropy expects."""
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTC = self.wte(ids_BT) + self.wpe(positions_T)
         for block in self.h:
@@ -95,16 +96,16 @@ class GPT(nn.Module):
 
 
 def gpt(layers: int = 4, width: int = 64, heads: int = 4, vocab: int = 256, context: int = 64) -> GPT:
-    """A small GPT-2 with its initialisation (no dropout), for :func:`english`.
+    """A small GPT-2 with GPT-2's initialisation and no dropout, for :func:`english`.
 
-    Its output is ``[B, vocab, T]``, so ``torch.nn.functional.cross_entropy(output, target)`` works as it is.
+    Its output is ``[B, vocab, T]``, so ``torch.nn.functional.cross_entropy(output, target)`` works directly.
 
     Args:
-        layers: blocks; each has two shortcuts.
-        width: of the residual stream.
-        heads: of each attention; they share ``width``.
-        vocab: tokens; 256 for bytes.
-        context: most tokens of a passage.
+        layers: number of blocks, with two shortcuts each.
+        width: width of the residual stream.
+        heads: number of attention heads in each block; each has ``width / heads`` features.
+        vocab: number of tokens; 256 for bytes.
+        context: largest number of tokens in a passage.
 
     Example:
         >>> with torch.device("meta"):  # GPT-2's own sizes, without its memory

@@ -1,6 +1,6 @@
-"""The lecture's hidden layers, made deep: Linear and GELU, its shortcut or none, and a linear head.
+"""A deep version of the lecture's network: hidden layers of Linear and GELU, and a linear head.
 
-The head has no GELU: one after the last layer kills classes (their logit cannot fall below -0.17).
+The head has no GELU, since with GELU a logit could not fall below -0.17.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DeepMLP(nn.Module):
         self.use_shortcut, self.scale = use_shortcut, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, inputs]`` or ``[n, ...]`` with as many elements -> ``[n, classes]``."""
+        """``[n, inputs]``, or any shape that flattens to it, -> ``[n, classes]``."""
         x = x.flatten(1)
         for layer in self.layers:
             layer_output = layer(x)
@@ -62,23 +62,23 @@ def deep_mlp(
     init: Literal["default", "he"] = "default",
     activation: Literal["gelu", "relu", "tanh", "linear"] = "gelu",
 ) -> DeepMLP:
-    """The lecture's hidden layers made deep: ``depth`` times Linear and GELU, and a linear head.
+    """A deep version of the lecture's network: ``depth`` layers of Linear and GELU, and a linear head.
 
-    With the lecture's shortcut and without, the parameters have the same names, so twins can share weights;
-    variants of one ``init`` draw the same weights from the same seed.
+    With and without the lecture's shortcut the parameters have the same names, so twins can share weights.
+    Variants with the same ``init`` draw the same weights from the same seed.
 
     Args:
-        depth: hidden layers, the first among them.
-        width: units a layer.
-        inputs: features of a sample; where it equals ``width`` the first layer has a shortcut too.
-        classes: outputs of the head.
-        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree. Any other
+        depth: number of hidden layers, including the first.
+        width: number of units in a hidden layer.
+        inputs: number of input features; if it equals ``width``, the first layer has a shortcut too.
+        classes: number of outputs.
+        shortcut: ``"identity"`` is the lecture's rule, ``x + layer(x)`` where the shapes agree. Any other
             name of ``skipscope.nn.registry()`` that keeps the width wraps those layers in its module, which
-            renames their parameters; a kind that spans depth makes one chain of them.
+            renames their parameters; a kind that spans depth joins them to one chain. None for no shortcut.
         scale: a factor on the branch: ``x + scale * layer(x)``; ``"depth"`` is ``1/sqrt(depth)``.
-        init: ``"default"`` is torch's; ``"he"`` is He's normal initialisation with zero biases for the
-            hidden layers (He et al. 2015, arXiv 1502.01852).
-        activation: after each hidden layer.
+        init: ``"default"`` is torch's initialisation; ``"he"`` is He's normal initialisation with zero biases
+            for the hidden layers (He et al. 2015, arXiv 1502.01852).
+        activation: the activation function after each hidden layer.
 
     Raises:
         SkipscopeError: an unknown shortcut, init or activation.
@@ -106,7 +106,8 @@ def deep_mlp(
     if shortcut is not None and shortcut != "identity":
         agree = [a == b for a, b in pairwise(sizes)]
         kind, fitting = registry()[shortcut], [layer for layer, fits in zip(layers, agree) if fits]
-        if kind.spans_depth:  # the layers that agree follow one another: only the first can change the width
+        # The layers that fit are consecutive, since only the first layer can change the width.
+        if kind.spans_depth:
             layers = [layer for layer, fits in zip(layers, agree) if not fits]
             layers += [kind(fitting, width)] if fitting else []
         else:

@@ -1,8 +1,8 @@
 """Residual networks: He et al. 2015, arXiv 1512.03385.
 
 The CIFAR family (section 4.2: 3 stages of 16, 32 and 64 channels, 6n + 2 layers), which also fits 8 x 8
-images, and ResNet-18. Where the shape changes, the shortcut is option A (every second pixel, new channels
-zero: no weights) or option B (a 1 x 1 convolution).
+images, and ResNet-18. If the shape changes, the shortcut is option A (every second pixel, zeros for new
+channels, no weights) or option B (a 1 x 1 convolution).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skipscope.nn import pad_shortcut
 
 
 class OptionA(nn.Module):
-    """Option A as a module: every ``stride``-th pixel, and zeros for the channels that are new."""
+    """Option A as a module: every ``stride``-th pixel, and zeros for new channels."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of basic blocks, the mean over pixels, and a linear head.
+    """A stem, stages of basic blocks, global average pooling, and a linear head.
 
     Example:
         >>> import torch
@@ -96,7 +96,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, in_channels, h, w]``, or ``[n, pixels]`` of square images -> ``[n, classes]``."""
+        """``[n, in_channels, h, w]``, or flattened square images ``[n, pixels]``, -> ``[n, classes]``."""
         if x.ndim == 2:
             side = math.isqrt(x.shape[1] // self.in_channels)
             x = x.reshape(-1, self.in_channels, side, side)
@@ -110,12 +110,12 @@ def _small(layers: int, classes: int, in_channels: int, option: Literal["A", "B"
 
 
 def resnet20(classes: int = 10, in_channels: int = 1, option: Literal["A", "B"] = "B") -> ResNet:
-    """ResNet-20 for small images: 9 blocks, 9 shortcuts, two of them where the shape changes.
+    """ResNet-20 for small images: 9 blocks with 9 shortcuts, two of them across a change of shape.
 
     Args:
-        classes: outputs.
-        in_channels: 1 for the digits, 3 for colour.
-        option: the shortcut where the shape changes: ``"A"`` slices and pads, ``"B"`` projects.
+        classes: number of classes.
+        in_channels: 1 for the digits, 3 for colour images.
+        option: the shortcut across a change of shape: ``"A"`` slices and pads, ``"B"`` projects.
 
     Example:
         >>> sum(p.numel() for p in resnet20(in_channels=3, option="A").parameters())
@@ -160,9 +160,9 @@ def resnet18(
     """ResNet-18: 8 blocks in four stages of 64 to 512 channels; arguments as for :func:`resnet20`.
 
     Args:
-        classes: outputs.
-        in_channels: 1 for the digits, 3 for colour.
-        option: the shortcut where the shape changes.
+        classes: number of classes.
+        in_channels: 1 for the digits, 3 for colour images.
+        option: the shortcut across a change of shape.
         large_images: the paper's stem for 224 x 224 images: 7 x 7 with stride 2, then max pooling.
 
     Example:
@@ -170,6 +170,10 @@ def resnet18(
         11689512
     """
     return ResNet(
-        (2, 2, 2, 2), (64, 128, 256, 512), classes=classes, in_channels=in_channels, option=option,
+        (2, 2, 2, 2),
+        (64, 128, 256, 512),
+        classes=classes,
+        in_channels=in_channels,
+        option=option,
         large_images=large_images,
-    )  # fmt: skip
+    )

@@ -1,9 +1,8 @@
-"""Everything that is drawn: pictures, notebook fragments, the network with its arcs, and the page.
+"""Rendering of results: figures, notebook fragments, network drawings and HTML pages.
 
-The core calls this package by four functions (see ``_result.py``): :func:`plot`, :func:`save`,
+The core calls this package through four functions (see ``_result.py``): :func:`plot`, :func:`save`,
 :func:`fragment` and :func:`draw`. A result is described once, as a
-:class:`~skipscope.report._charts.Document`, and drawn twice: as SVG for pages,
-by matplotlib for figures.
+:class:`~skipscope.report._charts.Document`, and has two renderers: SVG for pages, matplotlib for figures.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def plot(
     limits: tuple[float, float] | Sequence[Result] | None = None,
     **options: Any,
 ) -> Any:
-    """Draw a result with matplotlib; the arguments are those of :meth:`skipscope.Result.plot`."""
-    # matplotlib is slow to import, and a page needs little of it
+    """Draw a result with matplotlib, with the arguments of :meth:`skipscope.Result.plot`."""
+    # Imported lazily: matplotlib is slow to import, and a page needs little of it.
     import matplotlib
     import numpy as np
 
@@ -58,9 +57,11 @@ def plot(
 
     if ax is not None and figsize is not None:
         raise SkipscopeError(
-            "plot", "figsize= is of a new figure, and axes were given", expected="one of the two",
+            "plot",
+            "figsize= is of a new figure, and axes were given",
+            expected="one of the two",
             cure="ax.figure.set_size_inches(width, height)",
-        )  # fmt: skip
+        )
     drawn = None if _is_comparison(result) and chart is None and ax is None else _chart(result, chart)
     ends = _limits(result, drawn, chart, limits)
     with (
@@ -98,7 +99,8 @@ def _is_comparison(result: Any) -> bool:
 
 def _chart(result: Result, number: int | None) -> Chart:
     charts = [chart for panel in document(result).panels for chart in panel.charts]
-    if number is None:  # of a comparison the flow, which its networks share; of everything else the first
+    # The default chart is the gradient flow of a comparison, and the first chart of any other result.
+    if number is None:
         lines = (i for i, chart in enumerate(charts) if isinstance(chart, Lines))
         number = next(lines, 0) if _is_comparison(result) else 0
     if not -len(charts) <= number < len(charts):
@@ -115,7 +117,7 @@ def _chart(result: Result, number: int | None) -> Chart:
 def _limits(
     result: Result, chart: Chart | None, number: int | None, limits: Any
 ) -> tuple[float, float] | None:
-    """Both ends of the scale: as given, or those that a surface and the other results have in common."""
+    """Ends of the scale: as given, or common to a surface and the surfaces in ``limits``."""
     from skipscope.report import _surface_charts
 
     if limits is None:
@@ -142,19 +144,18 @@ def _limits(
 
 
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at
-    all.
+    """Save a result as a page (``.html``) or a picture (``.png``, ``.svg``, ``.pdf``), atomically.
 
-    A surface, or twins', with a trajectory on its plane also becomes an animation (``.gif``).
+    A surface, or twins' surfaces, with a trajectory on the plane can also be an animation (``.gif``).
 
     Args:
         result: any result.
-        path: where to; the ending says how.
+        path: output path; its ending determines the format.
         options: as for :func:`plot`; ``dpi=`` for a PNG.
 
     Raises:
-        SkipscopeError: the ending is none of these, the result cannot be drawn so, or the place cannot be
-            written.
+        SkipscopeError: the ending is not supported, the result cannot be drawn in this format, or the path
+            cannot be written.
     """
     path = Path(path)
     ending = path.suffix.lower().removeprefix(".")
@@ -168,16 +169,18 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
         return write_whole(path, gif(result, **options))  # type: ignore[arg-type]
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
-            "save", f"a {type(result).__name__} is not saved as .{ending}", got=path.name,
+            "save",
+            f"a {type(result).__name__} is not saved as .{ending}",
+            got=path.name,
             expected=".json, .html, .png, .svg or .pdf",
-        )  # fmt: skip
+        )
     return write_whole(path, _picture(result, ending, **options))
 
 
 def _class(package: str, name: str) -> Any:
-    """A class of a package, imported when it is asked for: drawing one result need not wait for all packages.
+    """A class of a package, without importing the package: drawing a result must not load all packages.
 
-    Returns a class without instances while the package has not been imported.
+    Returns a class without instances if the package has not been imported.
     """
     module = sys.modules.get(f"skipscope.{package}")
     return getattr(module, name) if module is not None else type(name, (), {})
@@ -187,7 +190,7 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
     import matplotlib
     import numpy as np
 
-    # No dates and no random names inside: the same result gives the same file
+    # Without dates and random ids the same result gives the same file.
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]
     buffer = io.BytesIO()
     with (
@@ -200,12 +203,12 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
 
 
 def fragment(result: Result) -> str:
-    """A result as a piece of HTML for a notebook: its answer, its first chart, its numbers."""
+    """Render a result as an HTML fragment for a notebook: its answer, first chart and table."""
     return _page.fragment(document(result))
 
 
 class Drawing(str):
-    """A drawing of a network: text in a terminal, a picture in a notebook."""
+    """Drawing of a network: text in a terminal, a picture in a notebook."""
 
     html: str = ""
 
@@ -224,19 +227,19 @@ def draw(
     shares: Mapping[str, float | None] | GradientSplit | None = None,
     ascii: bool = False,
 ) -> str:
-    """The network as a line of layers with its shortcuts as arcs.
+    """Draw a network as a line of layers with its shortcuts as arcs.
 
     Args:
-        found: what ``find_shortcuts`` returned.
-        form: ``"text"`` for a terminal (a notebook shows it as a picture), ``"svg"`` for a file of its own,
-            ``"html"`` for a piece of a page.
+        found: result of ``find_shortcuts``.
+        form: ``"text"`` for a terminal (a notebook shows it as a picture), ``"svg"`` for a standalone file,
+            ``"html"`` for a fragment of a page.
         width: columns of text (default: the terminal's) or pixels of the SVG (default 720).
-        shares: shortcut's name -> the share of gradient that it carries, drawn as thickness; or a
+        shares: shortcut's name -> share of the gradient that it carries, drawn as thickness; or a
             ``GradientSplit``.
-        ascii: draw text without signs beyond ASCII.
+        ascii: draw text with ASCII characters only.
 
     Raises:
-        SkipscopeError: an unknown form.
+        SkipscopeError: the form is unknown.
     """
     from skipscope.report import _view_shortcuts
 

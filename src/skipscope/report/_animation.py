@@ -1,4 +1,4 @@
-"""A surface with its trajectory, step by step, as a GIF; twins' surfaces beside each other."""
+"""Animated GIF of a surface with its trajectory, step by step; twins' surfaces side by side."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from skipscope.surfaces import PairedSurfaces, Surface
 
 
 def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.35) -> bytes:
-    """The contour map with the known weights appearing one after another.
+    """Animate the contour map: the known weights appear one after another.
 
     Args:
-        result: a surface with points, e.g. over ``trajectory_plane``; or twins' surfaces there, on one scale.
-        dpi: pixels an inch.
-        seconds: each step is shown so long; the last one four times as long.
+        result: a surface with points, e.g. over ``trajectory_plane``; or twins' surfaces, drawn on one scale.
+        dpi: pixels per inch.
+        seconds: duration of a step; the last step lasts four times as long.
 
     Raises:
         SkipscopeError: the surface has no points on a plane.
@@ -38,9 +38,10 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
     path = chart.surfaces[0].path if isinstance(chart, Surfaces) else ()
     if not isinstance(chart, Surfaces) or not path:
         raise SkipscopeError(
-            "save", "only a surface with known weights on its plane becomes an animation",
+            "save",
+            "only a surface with known weights on its plane becomes an animation",
             cure="landscape(..., directions=trajectory_plane(...)), or save as .png",
-        )  # fmt: skip
+        )
     frames = []
     scale = _surface_charts.heights(chart)
     for step in range(1, len(path) + 1):

@@ -1,8 +1,8 @@
-"""A network as a line of layers with its shortcuts as arcs, in SVG: 5 layers in one row, 500 in many.
+"""SVG drawing of a network as a line of layers with its shortcuts as arcs, in one or several rows.
 
-Layers sit on a wire, from the input on the left to the output on the right. Between them are *places*: place
-i is before layer i. An arc leaves the wire at the place before the first layer it skips and joins it again
-after the last. A long network continues in the next row; an arc that does too is drawn there as well.
+Layers are drawn on a line, from the input on the left to the output on the right. Between them are *places*:
+place i is before layer i. An arc leaves the line at the place before the first layer it skips and joins it
+again after the last. A long network continues in the next row; an arc over both rows is drawn in both.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from markupsafe import Markup
 
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import ellipsis, join, tag
+from skipscope.shortcuts import KINDS
 
-KINDS = ("identity", "scaled", "projection", "gated", "concat")
-MOST = 170.0  # pixels an arc may rise
+# Largest height of an arc in pixels.
+MOST = 170.0
 _DASH = {"identity": "", "scaled": "6 3", "projection": "11 4", "gated": "8 2.5 2 2.5", "concat": "3 2.5"}
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Layers ``first`` to ``last`` (exclusive) on a wire at height ``y``, ``pitch`` apart; the longest arc
-    has ``longest`` pixels.
+    """Layers ``first`` to ``last`` (exclusive) on a line at height ``y``, ``pitch`` pixels apart.
+
+    ``longest`` is the span of the longest arc in pixels.
     """
 
     first: int
@@ -35,27 +37,26 @@ class _Row:
     longest: float
 
     def at(self, place: int) -> float:
-        """Where a place lies."""
+        """The x position of a place."""
         return 22 + (place - self.first) * self.pitch
 
     def holds(self, arc: Arc) -> bool:
-        """Whether any of an arc lies over this row."""
+        """Whether part of an arc is in this row."""
         return arc.start < max(self.last, self.first + 1) and arc.end + 1 > self.first
 
     def rise(self, arc: Arc) -> float:
-        """How high an arc rises: half a circle, flattened where the longest would rise too high."""
+        """Height of an arc: half a circle, flattened if the longest arc would be too high."""
         span = (arc.end + 1 - arc.start) * self.pitch
         top = min(0.5 * self.longest, MOST)
-        if (
-            arc.start < self.first or arc.end >= self.last
-        ):  # over a row's end: level, higher than what lies below
+        # An arc that continues in another row is drawn flat, at a limited height.
+        if arc.start < self.first or arc.end >= self.last:
             top = min(top, 90.0)
         power = 1.0 if self.longest <= 2 * MOST else 0.6
         return 8 + top * (span / self.longest) ** power
 
 
 def network(chart: Network, width: int) -> Markup:
-    """The network, ``width`` pixels wide."""
+    """Draw the network, ``width`` pixels wide."""
     count = len(chart.layers)
     named = count <= (40 if width > 500 else 8)
     rows = _rows(chart, count if named else max(1, int((width - 40) / (9.5 if width > 500 else 8.5))), width)
@@ -80,8 +81,8 @@ def _rows(chart: Network, per_row: int, width: int) -> list[_Row]:
     longest = max([arc.end + 1 - arc.start for arc in chart.arcs] or [1]) * pitch
     rows, y = [], 0.0
     for first, last in pairwise(cuts):
-        here = _Row(first, last, 0.0, pitch, longest)
-        rise = max([here.rise(arc) for arc in chart.arcs if here.holds(arc)] or [0.0])
+        row = _Row(first, last, 0.0, pitch, longest)
+        rise = max([row.rise(arc) for arc in chart.arcs if row.holds(arc)] or [0.0])
         y += rise + 20
         rows.append(_Row(first, last, y, pitch, longest))
         y += 30
@@ -89,7 +90,7 @@ def _rows(chart: Network, per_row: int, width: int) -> list[_Row]:
 
 
 def _breaks(chart: Network, per_row: int) -> list[int]:
-    """Where rows begin and end: about equal, and where no arc is cut if such a place is near."""
+    """Row boundaries: rows of about equal length, cut at a nearby place without an arc, if any."""
     count = len(chart.layers)
     covered = {place for arc in chart.arcs for place in range(arc.start + 1, arc.end + 1)}
     cuts, at = [0], 0
@@ -107,7 +108,7 @@ def _row(chart: Network, row: _Row, named: bool, width: int, *, final: bool) -> 
     parts = [tag("path", d=wire, class_="wire")]
     if final:
         parts.append(tag("path", d=f"M{end + 14:.1f} {row.y - 4:.1f}l6 4l-6 4z", class_="layer"))
-    # Long arcs first, so that short ones lie on top and can be pointed at
+    # Short arcs are drawn last, on top, so that a pointer can reach them.
     parts += [_arc(arc, row) for arc in sorted(chart.arcs, key=lambda a: a.start - a.end) if row.holds(arc)]
     size = max(2.6, min(17.0, row.pitch * 0.5))
     half = min(6.0, size)
@@ -136,7 +137,7 @@ def _row(chart: Network, row: _Row, named: bool, width: int, *, final: bool) -> 
 
 
 def _ends(chart: Network, row: _Row, width: int) -> list[Markup]:
-    """The first and the last layer of a row, by name; the first alone where both would not fit."""
+    """Names of a row's first and last layer; only the first if both do not fit."""
     end, first, last = row.at(row.last), chart.layers[row.first], chart.layers[row.last - 1]
     most = int((end - 36) / 14)
     if most < min(len(last), 8) or row.last - row.first < 2:
@@ -154,7 +155,8 @@ def _arc(arc: Arc, row: _Row) -> Markup:
     b = row.at(arc.end + 1) if right else row.at(row.last) + 16
     if left and right:
         d = f"M{a:.1f} {y:.1f}A{(b - a) / 2:.1f} {rise:.1f} 0 0 1 {b:.1f} {y:.1f}"
-    else:  # it continues in another row: level at the open end
+    else:
+        # An arc that continues in another row is flat at its open end.
         turn = min(24.0, (b - a) / 2)
         d = (
             f"M{a:.1f} {y:.1f}Q{a:.1f} {y - rise:.1f} {a + turn:.1f} {y - rise:.1f}"
@@ -178,7 +180,7 @@ def _arc(arc: Arc, row: _Row) -> Markup:
 
 
 def _dash(kind: str, thick: float) -> str | None:
-    """A kind's dash, longer for thicker arcs, so that it stays a dash."""
+    """Dash pattern of a kind, longer for thicker arcs."""
     scale = max(1.0, thick / 2.4)
     return (
         " ".join(f"{float(part) * scale:.1f}" for part in _DASH[kind].split()) or None
@@ -188,7 +190,7 @@ def _dash(kind: str, thick: float) -> str | None:
 
 
 def thickness(arc: Arc, pitch: float = 64.0) -> float:
-    """Pixels: in proportion to the share of gradient the shortcut carries."""
+    """Thickness of an arc in pixels, proportional to the share of gradient that the shortcut carries."""
     most = max(3.0, min(9.0, 0.4 * pitch))
     return max(0.8, most * arc.share) if arc.share is not None and math.isfinite(arc.share) else 2.0
 

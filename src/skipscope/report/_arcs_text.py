@@ -1,7 +1,7 @@
-"""A network with its shortcuts for a terminal: layers downward, shortcuts as rails on the left.
+"""Text drawing of a network for a terminal: layers from top to bottom, shortcuts as rails on the left.
 
-Each line is a layer or a merge. In a long network blocks that repeat are drawn once and counted, so that 500
-layers fit a screen.
+Each line is a layer or a merge. In a long network, repeated blocks are drawn once and counted, so that 500
+layers fit on a screen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import pairwise, takewhile
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import clean, ellipsis
 
-# start, end, end and start, passes, crosses, level, wire, layer, fork, merge, more
 _LINES = {
     "start": "╭",
     "end": "╰",
@@ -46,27 +45,29 @@ _ASCII = {
     "out": "v",
 }
 RAILS = 12
-SHORT = 36  # up to so many layers nothing is folded
+# Networks with at most so many layers are not folded.
+SHORT = 36
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """What every line of the drawing needs to know."""
+class _Context:
+    """Context of every line of the drawing."""
 
     chart: Network
-    rails: tuple[int | None, ...]  # of each arc; None where there is no room for it
+    # The rail of each arc, or None without room for it.
+    rails: tuple[int | None, ...]
     count: int
     width: int
     signs: dict[str, str]
 
 
 def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
-    """The drawing, at most ``width`` columns wide.
+    """Draw the network, at most ``width`` columns wide.
 
     Args:
         chart: the network.
-        width: columns.
-        ascii: use no signs beyond ASCII.
+        width: number of columns.
+        ascii: use ASCII characters only.
 
     Example:
         >>> print(text(Network(["stem", "conv1", "conv2", "head"], [Arc(1, 2, "block", "identity", 0.8)])))
@@ -81,25 +82,25 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
     """
     rails = _assign(chart.arcs)
     count = min(RAILS, max([rail + 1 for rail in rails if rail is not None] or [0]))
-    sheet = _Sheet(chart, tuple(rails), count, width, _ASCII if ascii else _LINES)
-    lines = _place(sheet, 0)
+    context = _Context(chart, tuple(rails), count, width, _ASCII if ascii else _LINES)
+    lines = _lines_between(context, 0)
     for first, last, repeats in _runs(chart):
         for i in range(first, last):
-            lines.append(_line(sheet, _passing(sheet, i), "layer", clean(chart.layers[i])))
-            lines += _place(sheet, i + 1)
+            lines.append(_line(context, _passing(context, i), "layer", clean(chart.layers[i])))
+            lines += _lines_between(context, i + 1)
         if repeats:
             going_on = {rail for arc, rail in zip(chart.arcs, rails) if arc.start == last}
-            dots = [sheet.signs["more"] if rail in going_on else " " for rail in range(count)]
-            lines.append(_line(sheet, dots, "more", repeats))
-    lines.append(_line(sheet, [" "] * count, "out", "output"))
+            dots = [context.signs["more"] if rail in going_on else " " for rail in range(count)]
+            lines.append(_line(context, dots, "more", repeats))
+    lines.append(_line(context, [" "] * count, "out", "output"))
     left_out = sum(rail is None for rail in rails)
     if left_out:
-        lines.append(f"{left_out} more shortcuts lie beyond {RAILS} rails: see the table")
+        lines.append(f"{left_out} more shortcuts do not fit here: see the table")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _assign(arcs: Sequence[Arc]) -> list[int | None]:
-    """A rail for each arc: the shortest nearest to the wire, none on top of another."""
+    """Assign non-overlapping rails to the arcs, the shortest nearest to the layers."""
     rails: list[int | None] = [None] * len(arcs)
     taken: list[list[Arc]] = [[] for _ in range(RAILS)]
     for i in sorted(range(len(arcs)), key=lambda i: arcs[i].end - arcs[i].start):
@@ -111,48 +112,47 @@ def _assign(arcs: Sequence[Arc]) -> list[int | None]:
     return rails
 
 
-def _line(sheet: _Sheet, rails: Sequence[str], sign: str, words: str) -> str:
+def _line(context: _Context, rails: Sequence[str], sign: str, words: str) -> str:
     start = "".join(rail.ljust(3) for rail in reversed(rails)) or "  "
-    return (
-        f"{start}{sheet.signs[sign]} {ellipsis(words, max(12, sheet.width - len(start) - 2), keep='start')}"
-    )
+    room = max(12, context.width - len(start) - 2)
+    return f"{start}{context.signs[sign]} {ellipsis(words, room, keep='start')}"
 
 
-def _passing(sheet: _Sheet, layer: int) -> list[str]:
-    rails = [" "] * sheet.count
-    for arc, rail in zip(sheet.chart.arcs, sheet.rails):
+def _passing(context: _Context, layer: int) -> list[str]:
+    rails = [" "] * context.count
+    for arc, rail in zip(context.chart.arcs, context.rails):
         if rail is not None and arc.start <= layer <= arc.end:
-            rails[rail] = sheet.signs["pass"]
+            rails[rail] = context.signs["pass"]
     return rails
 
 
-def _place(sheet: _Sheet, place: int) -> list[str]:
-    """The lines between two layers: one a merge, or one where shortcuts leave, or none."""
-    arcs = list(zip(sheet.chart.arcs, sheet.rails))
+def _lines_between(context: _Context, place: int) -> list[str]:
+    """Lines between two layers: one per merge, else one for a fork, else none."""
+    arcs = list(zip(context.chart.arcs, context.rails))
     ends = sorted((p for p in arcs if p[0].end + 1 == place), key=lambda p: p[0].start, reverse=True)
     starts = [p for p in arcs if p[0].start == place and p[1] is not None]
     if place == 0:
-        return [_event(sheet, place, [], starts, [], "input", "input")]
+        return [_event(context, place, [], starts, [], "input", "input")]
     lines = []
     for n, (arc, rail) in enumerate(ends):
         last = n == len(ends) - 1
         waiting = [p for p in ends[n + 1 :] if p[1] is not None]
         here = [(arc, rail)] if rail is not None else []
-        lines.append(_event(sheet, place, here, starts if last else [], waiting, "merge", _words(arc)))
-    return lines or ([_event(sheet, place, [], starts, [], "fork", "")] if starts else [])
+        lines.append(_event(context, place, here, starts if last else [], waiting, "merge", _words(arc)))
+    return lines or ([_event(context, place, [], starts, [], "fork", "")] if starts else [])
 
 
-def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: str) -> str:
+def _event(context: _Context, place: int, ends, starts, waiting, sign: str, words: str) -> str:
     ending, starting = {rail for _, rail in ends}, {rail for _, rail in starts}
     passing = {rail for _, rail in waiting}
     passing |= {
         rail
-        for arc, rail in zip(sheet.chart.arcs, sheet.rails)
+        for arc, rail in zip(context.chart.arcs, context.rails)
         if rail is not None and arc.start < place < arc.end + 1
     }
     farthest = max(ending | starting, default=-1)
-    signs, rails = sheet.signs, []
-    for rail in range(sheet.count):
+    signs, rails = context.signs, []
+    for rail in range(context.count):
         level = signs["level"] * 2 if rail <= farthest else "  "
         if rail in ending or rail in starting:
             sign_here = signs[
@@ -163,7 +163,7 @@ def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: s
         else:
             sign_here = signs["level"] if rail < farthest else " "
         rails.append(sign_here + level)
-    return _line(sheet, rails, sign, words)
+    return _line(context, rails, sign, words)
 
 
 def _words(arc: Arc) -> str:
@@ -171,12 +171,11 @@ def _words(arc: Arc) -> str:
     return f"{clean(arc.name)}  {arc.kind}{share}"
 
 
-# --- folding
-# --------------------------------------------------------------------------------------------------------
+# --- folding ---
 
 
 def _runs(chart: Network) -> list[tuple[int, int, str]]:
-    """Stretches of layers to draw, each with what is said of its repetitions ("" for none)."""
+    """Ranges of layers to draw, each with the text about its repetitions ("" for none)."""
     count = len(chart.layers)
     if count <= SHORT:
         return [(0, count, "")]
@@ -211,9 +210,7 @@ def _to_whole_blocks(
     period: int,
     repeats: int,
 ) -> int:
-    """How many pieces to draw before a repetition begins, so that what is repeated is one block and not
-    two halves.
-    """
+    """Number of pieces to draw first, so that the repeated unit is a whole block and not two halves."""
 
     def depth(ahead: int) -> int:
         return _home(chart, pieces[i + ahead : i + ahead + period]).count(".")
@@ -223,7 +220,7 @@ def _to_whole_blocks(
 
 
 def _home(chart: Network, pieces: Sequence[tuple[int, int]]) -> str:
-    """The path that the layers of some pieces share."""
+    """Common module path of the layers of some pieces."""
     levels = zip(*(clean(name).split(".") for name in chart.layers[pieces[0][0] : pieces[-1][1]]))
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 

@@ -1,8 +1,8 @@
-"""What a chart is, as plain data: drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`)
-alike.
+"""Charts as plain data, drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`).
 
-A result becomes :class:`Panel` s (`_views`), each one claim: a heading that states it, one chart, a caption
-that says what to see, and the table behind the chart. Neither hand that draws knows what a result is.
+The views (`_view_*.py`) turn a result into :class:`Panel` s, one per claim: a heading that states it, a
+chart, a caption that says what to see, and the table behind the chart. The renderers do not know about
+results.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        label: its name, written beside it.
+        label: name of the line, written beside it.
         x, y: the points; NaN is a gap.
-        low, high: a band around it, or None.
-        style: which colour, marker and dash; the same number means the same thing throughout a page.
-        faint: drawn thin, in the background.
-        points: the markers are joined by no line.
-        tips: the text for a pointer over each point, or None for the numbers alone.
-        frame: the step of the slider at which the line is strong, or None for always.
+        low, high: band around the line, or None.
+        style: index of colour, marker and dash; it means the same throughout a page.
+        faint: whether the line is thin, in the background.
+        points: whether only markers are drawn, without a line.
+        tips: tooltip of each point, or None for its values.
+        frame: step of the slider at which the line is highlighted, or None for always.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place on the x axis worth a word."""
+    """Labelled position on the x axis."""
 
     x: float
     label: str
@@ -56,13 +56,13 @@ class Lines:
     """Lines over a common x axis.
 
     Attributes:
-        ticks: words instead of numbers at places on the x axis.
-        level: a horizontal line of reference and its label, or None.
-        back: the lines are read from right to left and fan out there, so they are named at their left end.
-        frames: the labels of a slider's steps; empty for none.
-        frame: the step that is strong at first.
-        slider: what the slider sets.
-        foot: a sentence that belongs under the picture when it stands alone.
+        ticks: text labels at positions on the x axis, instead of numbers.
+        level: horizontal reference line and its label, or None.
+        back: whether the lines are read from right to left, and so are named at their left end.
+        frames: labels of a slider's steps; empty without a slider.
+        frame: step that is highlighted at first.
+        slider: name of the quantity that the slider sets.
+        foot: sentence under a standalone picture.
     """
 
     series: Sequence[Series]
@@ -82,14 +82,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, each with its name; several values a name are drawn under each other.
+    """Horizontal bars with labels; a row's values of several series are drawn one below the other.
 
     Attributes:
-        labels: one a row.
-        values: for each series, one value a row.
-        names: one a series.
-        low, high: whiskers like ``values``, or None.
-        styles: one a series.
+        labels: one per row.
+        values: for each series, one value per row.
+        names: one per series.
+        low, high: ends of whiskers, shaped like ``values``, or None.
+        styles: one per series.
     """
 
     labels: Sequence[str]
@@ -104,9 +104,9 @@ class Bars:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix of positive numbers as colours on a log scale: rows are layers, columns are steps.
+    """Matrix of positive numbers as colours on a log scale: rows are layers, columns are steps.
 
-    Zero is exactly zero, inf is not finite, NaN is not known: each is seen to be what it is.
+    Exact zeros, values that are not finite (inf) and unknown values (NaN) each have their own look.
     """
 
     values: np.ndarray
@@ -124,15 +124,15 @@ class Surface:
     """Heights over a plane of weight space.
 
     Attributes:
-        values: ``[a, b]``; NaN is unknown.
-        label: its name.
-        note: said under the name ("it has not learnt: a flat sheet").
-        signed: a difference, coloured on both sides of zero; otherwise heights above zero, coloured by their
-            log.
+        values: heights ``[a, b]``; NaN is unknown.
+        label: name of the surface.
+        note: remark under the name, such as why it is flat.
+        signed: whether it is a difference, coloured on both sides of zero; else heights are coloured by their
+            logarithm.
         path: known weights on the plane, in order: (a, b, name).
-        dots: places ``[a, b]`` worth a dot, and ``dots_mean`` says what a dot means; None for none.
-        origin: the weights as they are, marked by a cross where it is on the plane.
-        broken: places ``[a, b]`` whose value is not a number, which are striped; None for none. Elsewhere NaN
+        dots: mask ``[a, b]`` of points with a dot, or None; ``dots_mean`` explains the dots.
+        origin: coordinates of the unchanged weights, marked by a cross if on the plane.
+        broken: mask ``[a, b]`` of points that are striped because their value is NaN, or None. NaN elsewhere
             is blank.
     """
 
@@ -151,14 +151,13 @@ class Surface:
 
 @dataclass(frozen=True)
 class Surfaces:
-    """Surfaces side by side on one scale, turned together.
+    """Surfaces side by side on one scale; their 3-D views rotate together.
 
     Attributes:
-        height: what the heights are.
-        axes: what the axes are.
-        flat: shown as a map only; a difference or an error says nothing more when turned.
-        linear: heights are the values themselves, whatever their range; else their logarithms where all are
-            above zero.
+        height: name of the heights.
+        axes: names of the axes.
+        flat: whether only a map is drawn, because a 3-D view of a difference or an error adds nothing.
+        linear: whether heights are the values themselves; else their logarithms if all are positive.
     """
 
     surfaces: Sequence[Surface]
@@ -170,10 +169,10 @@ class Surfaces:
 
 @dataclass(frozen=True)
 class Network:
-    """A network as a line of layers with its shortcuts as arcs.
+    """Network as a line of layers with its shortcuts as arcs.
 
     Attributes:
-        layers: names in order of execution.
+        layers: layer names in order of execution.
         arcs: the shortcuts.
     """
 
@@ -183,11 +182,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Arc:
-    """A shortcut from the place before layer ``start`` to the place after layer ``end`` of a
-    :class:`Network`.
+    """A shortcut from before layer ``start`` to after layer ``end`` of a :class:`Network`.
 
     Attributes:
-        share: of the gradient at the merge, how much the shortcut carries (0 to 1); None when not measured.
+        share: share of the gradient that the shortcut carries (0 to 1); None if not measured.
     """
 
     start: int
@@ -206,15 +204,15 @@ class Panel:
 
     Attributes:
         heading: what the chart shows, as a sentence.
-        chart: the chart, or None where words and a table are enough.
-        caption: what to see in it.
-        tables: the numbers behind it.
-        claim: the sentence of the lecture that it weighs, or "".
-        verdict: one word on the claim ("holds", "holds in part"), or "".
-        finding: what was found, in a sentence before the chart.
-        limits: what does not follow from it, or "".
-        why: the reason and the numbers behind the finding, folded away at first, or "".
-        parts: more charts, each with its own heading and caption, where the claim has several sides.
+        chart: the chart, or None if text and a table are enough.
+        caption: what to see in the chart.
+        tables: the numbers behind the chart.
+        claim: the lecture's sentence that the evidence is about, or "".
+        verdict: verdict on the claim ("holds", "holds in part"), or "".
+        finding: the finding, in a sentence before the chart.
+        limits: what does not follow from the finding, or "".
+        why: the reason and the numbers behind the finding, initially collapsed, or "".
+        parts: more charts, each with its own heading and caption.
     """
 
     heading: str
@@ -230,23 +228,23 @@ class Panel:
 
     @property
     def charts(self) -> list[Chart]:
-        """Every chart, in order."""
+        """All charts, in order."""
         own = [] if self.chart is None else [self.chart]
         return own + [chart for part in self.parts for chart in part.charts]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole page, before it is laid out.
+    """Content of a page, before layout.
 
     Attributes:
-        title: the question or the name.
-        lead: one line under the title.
-        answer: the sentences that come first.
-        names: name -> what it is, of the networks that the page speaks of.
+        title: title of the page, a question or a name.
+        lead: line under the title.
+        answer: sentences that answer the title's question.
+        names: network's name -> its description.
         panels: the evidence.
-        methods: paragraphs: how the numbers came about.
-        credits: whose data and ideas were used.
+        methods: paragraphs on how the numbers were computed.
+        credits: sources of data and ideas.
         facts: short name -> value: versions, seeds, times.
     """
 

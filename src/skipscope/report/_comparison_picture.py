@@ -1,4 +1,4 @@
-"""The main job in one picture, for a README or a slide: the network, the flow, two surfaces."""
+"""Summary figure of a comparison, for a README or a slide: network, gradient flow and two surfaces."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from skipscope.report._palette import LIGHT
 
 
 def comparison_picture(result: Comparison) -> Any:
-    """A figure of a comparison; returns its axes: network, flow, and a surface each for two networks.
+    """Draw the figure of a comparison. Returns its axes: network, flow, and two networks' surfaces.
 
     Args:
-        result: what ``compare`` returned.
+        result: result of ``compare``.
     """
     figure = by.new_figure(11.0, 7.4)
     head, top, bottom = figure.subfigures(3, 1, height_ratios=[0.5, 0.75, 3.3])
@@ -61,7 +61,7 @@ def _surfaces(result: Comparison, figure: Any) -> Any:
     style = _view_comparison.styles(result)
     having = [name for name in pair.surfaces if len(result.found.get(name, ()))]
     lacking = [name for name in pair.surfaces if name not in having]
-    # A network without that has learnt, where there is one: a flat sheet says nothing on smoothness
+    # Prefer a network without shortcuts that has learnt: a flat surface says nothing about smoothness.
     lacking.sort(key=lambda name: bool(pair.surfaces[name].label))
     shown = [*lacking[:1], *having[:1]] or list(pair.surfaces)[:2]
     chart = Surfaces(

@@ -1,9 +1,7 @@
-"""From a result to its document: a title, the answer, and a panel for each claim. One function, by the
-result's class.
+"""Document of a result, built by the view of its class: a title, the answer, and a panel for each claim.
 
-The views (`_view_*.py`) register themselves here. Those of a package are imported when one of its results is
-first drawn, so that a page on shortcuts does not wait for SciPy. A result that has no view of its own still
-has its table.
+The views (`_view_*.py`) register themselves here. A package's views are imported when one of its results is
+first drawn, so that a page on shortcuts does not load SciPy. A result without a view is shown as its table.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ _VIEWS = {
 
 
 def document(result: Result) -> Document:
-    """What a page says about a result, the answer first."""
+    """Build the document of a result."""
     for kind in type(result).__mro__:
         _import_views(kind.__module__)
     return view(result)
@@ -41,7 +39,7 @@ def _import_views(module: str) -> None:
 
 @functools.singledispatch
 def view(result: Result) -> Document:
-    """The document of a result without a view of its own: its table. Views register theirs."""
+    """Document of a result; by default only its table. Views register theirs."""
     table = result.table()
     return Document(
         title=table.title, lead=type(result).__name__, panels=[Panel(heading="The numbers", tables=[table])]

@@ -1,4 +1,4 @@
-"""How figures by matplotlib look: the styles by name, and the options of one picture."""
+"""Style of matplotlib figures: named styles, and the options of a single picture."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Limits = tuple[float, float]
 
 @dataclass(frozen=True)
 class FigureStyle:
-    """What decides how a picture looks, beside the chart.
+    """Style of a picture.
 
     Attributes:
-        rc: matplotlib's own settings.
-        width: of a new figure in inches; None is each chart's own. The height follows.
-        notes: sentences beside the axes are drawn.
-        legend: legends and colour bars are drawn.
-        figsize: of a new figure, in inches.
-        limits: both ends of the scale of colours, or of the y axis of lines.
-        to_file: new figures are no windows.
+        rc: matplotlib's settings.
+        width: width of a new figure in inches, with proportional height; None: the chart's own.
+        notes: whether to draw sentences beside the axes.
+        legend: whether to draw legends and colour bars.
+        figsize: size of a new figure in inches.
+        limits: ends of the colour scale, or of the y axis of lines.
+        to_file: whether new figures bypass pyplot and open no window.
     """
 
     rc: dict[Any, Any] = field(default_factory=dict)
@@ -64,17 +64,17 @@ _override: ContextVar[FigureStyle | None] = ContextVar("_override", default=None
 
 
 class style:
-    """Choose how every later picture looks; as a context manager, every picture inside.
+    """Set the style of all later pictures or, as a context manager, of the pictures inside.
 
     Local.
 
     Args:
-        name: "paper" is for a column of a paper: 3.3 inches wide, serif letters of 7 and 8 points that stay
-            text in a PDF, no sentences beside the axes (``plot(notes=True)`` draws them all the same).
-            "default" is the usual look.
+        name: "paper" is for a column of a paper: 3.3 inches wide, a serif font of 7 and 8 points that stays
+            text in a PDF, no sentences beside the axes (``plot(notes=True)`` still draws them). "default"
+            is the usual style.
 
     Raises:
-        SkipscopeError: an unknown style.
+        SkipscopeError: the style is unknown.
 
     Example:
         >>> import skipscope as ss
@@ -96,13 +96,13 @@ class style:
 
 
 def current() -> FigureStyle:
-    """The style of the picture that is being drawn."""
+    """Style of the current picture."""
     return _override.get() or _named
 
 
 @contextmanager
 def with_options(**options: Any) -> Iterator[FigureStyle]:
-    """Draw pictures inside with options of their own; what is None stays as it is."""
+    """Context that overrides options of the style; an option that is None is unchanged."""
     chosen = replace(current(), **{name: value for name, value in options.items() if value is not None})
     token = _override.set(chosen)
     try:

@@ -1,4 +1,4 @@
-"""The words of a page that a reader may not know, each with its meaning in a sentence or two."""
+"""Glossary: words of a page that a reader may not know, each explained in a sentence or two."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GLOSSARY = {
     "strength": "A factor on every shortcut: 0 takes it out, 1 leaves it as built.",
     "vanishing": "The gradient shrinks on its way back until the first layers get next to nothing.",
 }
-# "It falls" is a verb: the noun is explained in the singular alone.
+# "falls" is also a verb, so only the singular of the noun is explained.
 _PLURALS = {"boundary": "boundaries", "branch": "branches", "fall": "fall"}
 _FORMS = {form: word for word in GLOSSARY for form in (word, _PLURALS.get(word, word + "s"))}
 _WORDS = re.compile(
@@ -53,7 +53,7 @@ _WORDS = re.compile(
 
 
 def with_terms(sentence: str | Markup) -> Markup:
-    """A sentence in which the first use of each glossary word carries its meaning.
+    """Mark the first use of each glossary word in a sentence with its explanation.
 
     Example:
         >>> with_terms("It loses 3 decades")
@@ -69,7 +69,7 @@ def with_terms(sentence: str | Markup) -> Markup:
         seen.add(word)
         return f'<abbr class="term" tabindex="0" title="{escape(GLOSSARY[word])}">{found[1]}</abbr>'
 
-    # Only the text between tags: a word inside an attribute stays as it is.
+    # Only text between tags is marked, never an attribute.
     text = escape(sentence if isinstance(sentence, Markup) else clean(sentence))
     parts = re.split(r"(<[^>]*>)", str(text))
     return Markup("".join(part if part.startswith("<") else _WORDS.sub(explained, part) for part in parts))

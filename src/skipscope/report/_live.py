@@ -1,8 +1,8 @@
-"""The live page: the lecture's network to experiment with, computed in the browser, in one offline file.
+"""The live page: the lecture's network, interactive, computed in the browser, in one offline file.
 
-The modules of ``live/`` are ES modules, so that each can be read, and run, on its own. Here they are joined
-into two scripts: what computes (run by two workers) and what draws. A module's imports and exports only name
-what the others define, so joining leaves them out; no two modules define the same name.
+The modules of ``live/`` are ES modules, so that each can be read and run separately. Here they are joined
+into two scripts: one computes (run by two workers), the other draws. Joining drops imports and exports, which
+only refer to the other modules; no two modules define the same name.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from markupsafe import escape
 
 from skipscope import reference
 from skipscope._version import __version__
-from skipscope.report._page import _asset, _policy
+from skipscope.report._page import asset, content_policy
 
-LIVE_PAGE = "play.html"  # its name beside other pages, which then link to it
+# Pages in the same folder link to this file.
+LIVE_PAGE = "play.html"
 MATHEMATICS = (
     "settings",
     "random",
@@ -43,21 +44,21 @@ def live_page() -> str:
         >>> len(live_page()) < 400_000
         True
     """
-    mathematics, script = join_modules(MATHEMATICS), _asset("surface3d.js") + join_modules(DRAWING)
+    mathematics, script = join_modules(MATHEMATICS), asset("surface3d.js") + join_modules(DRAWING)
     content = {
-        "css": _asset("chart.css") + _asset("page.css") + _asset("live/page.css"),
-        "policy": _policy([script]) + "; worker-src blob:",
+        "css": asset("chart.css") + asset("page.css") + asset("live/page.css"),
+        "policy": content_policy([script]) + "; worker-src blob:",
         "mathematics": mathematics,
         "script": script,
         "chain_rule": escape(_module("network")),
         "digits": packed_digits(),
         "version": __version__,
     }
-    return re.sub("@@([a-z_]+)@@", lambda found: content[found[1]], _asset("live/page.html"))
+    return re.sub("@@([a-z_]+)@@", lambda found: content[found[1]], asset("live/page.html"))
 
 
 def join_modules(names: tuple[str, ...]) -> str:
-    """One script from ES modules, in an order in which each comes after those that it imports."""
+    """Join ES modules into one script; each must come after the modules that it imports."""
     return '"use strict";\n' + "\n".join(_without_imports(_module(name)) for name in names)
 
 
@@ -68,7 +69,7 @@ def _without_imports(source: str) -> str:
 
 @functools.cache
 def packed_digits() -> str:
-    """All digits, 64 bytes an image and then a byte for each class, as zlib in base64."""
+    """All digits, compressed by zlib, in base64: 64 bytes per image, then a byte per label."""
     inputs, target = reference.digits()
     content = (inputs.numpy() * 16).round().astype(np.uint8).tobytes() + target.numpy().astype(
         np.uint8
@@ -77,4 +78,4 @@ def packed_digits() -> str:
 
 
 def _module(name: str) -> str:
-    return _asset(f"live/{name}.js")
+    return asset(f"live/{name}.js")

@@ -1,4 +1,4 @@
-"""Markup built piece by piece, escaped everywhere: a layer may be called anything, also ``<script>``."""
+"""Builders of escaped markup: a layer may have any name, even ``<script>``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-# What XML cannot hold at all, escaped or not: a picture with one of these in it would not open.
+# Characters that XML forbids even when escaped, and those that change the text direction.
 _UNWRITABLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
 
 
-# Elements of a picture that are written without an end tag where nothing is in them.
+# SVG elements that are written without an end tag if empty.
 _SHAPES = {"path", "line", "rect", "circle"}
 _POWER = re.compile(r"\b10\^(-?\d+)\b")
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -22,12 +22,12 @@ _EXPONENT = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
 def clean(text: Any) -> str:
-    """Text without control characters (nor those that turn the direction of what follows)."""
+    """Replace control characters and characters that change the text direction."""
     return _UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
 def raised(text: str) -> str:
-    """Powers of ten as they are printed.
+    """Write powers of ten with superscript characters.
 
     Example:
         >>> raised("one part in 10^17")
@@ -37,8 +37,9 @@ def raised(text: str) -> str:
 
 
 def raised_markup(text: str) -> Markup:
-    """Powers of ten for a page: raised digits in the font of the others. (¹, ² and ³ as characters often come
-    from another font than ⁰ and ⁴ to ⁹.)
+    """Write powers of ten with ``<sup>``, for a page.
+
+    The characters ¹, ² and ³ often come from another font than ⁰ and ⁴ to ⁹.
 
     Example:
         >>> raised_markup("one part in 10^17")
@@ -50,14 +51,14 @@ def raised_markup(text: str) -> Markup:
 
 
 def _drawn(text: str) -> str:
-    """Escaped text of a picture, whose exponents are small raised digits of its own font."""
+    """Escape text for an SVG, with exponents as small raised digits of the same font."""
     parts, at = [], 0
     for found in _EXPONENT.finditer(text):
         lowered, rest = found[0].translate(_LOWERED), text[found.end() :]
         parts += [
             escape(text[at : found.start()]),
             f'<tspan dy="-.5em" font-size="75%">{lowered}</tspan>',
-            # The next characters go back to the line.
+            # The next character returns to the baseline.
             f'<tspan dy=".375em">{escape(rest[0])}</tspan>' if rest else "",
         ]
         at = found.end() + bool(rest)
@@ -65,8 +66,10 @@ def _drawn(text: str) -> str:
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change
-    their underscore.
+    """Build an element with attributes and children; children that are not markup are escaped.
+
+    In attribute names a trailing underscore is dropped (``class_``), and other underscores become hyphens
+    (``stroke_width``).
 
     Example:
         >>> tag("text", "a < b", x=1.25, text_anchor="end")
@@ -92,18 +95,19 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(*parts: Any) -> Markup:
-    """Pieces of markup one after the other; what is not markup is escaped."""
+    """Concatenate markup; parts that are not markup are escaped."""
     return Markup("").join(part if isinstance(part, Markup) else clean(part) for part in parts)
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, float):  # a tenth of a pixel is enough, and pages stay small
+    # A tenth of a pixel is precise enough, and keeps pages small.
+    if isinstance(value, float):
         return f"{value:.1f}".removesuffix(".0")
     return clean(value)
 
 
 def ellipsis(text: str, most: int, *, keep: str = "end") -> str:
-    """At most ``most`` characters: the end of a dotted name says more than its beginning.
+    """Shorten text to ``most`` characters, by default keeping its end, which identifies a dotted name.
 
     Example:
         >>> ellipsis("model.encoder.layers.11.attention", 20)

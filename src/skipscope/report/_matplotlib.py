@@ -1,6 +1,6 @@
-"""The same charts by matplotlib, for figures in papers and notebooks: lines, bars and the network.
+"""Matplotlib renderer of lines, bars and networks, for figures in papers and notebooks.
 
-Maps (heat, surfaces) are drawn in `_matplotlib_maps.py`, which registers itself here.
+Heat maps and surfaces are in `_matplotlib_maps.py`, which registers itself here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
-from skipscope.report._arcs import KINDS, thickness
+from skipscope.report._arcs import thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
 from skipscope.report._figure_style import current
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
 from skipscope.report._svg import spread
+from skipscope.shortcuts import KINDS
 
-# the gid of a strong line: how a later result drawn into the same axes knows how many are there
+# The gid of a highlighted line, by which a later result in the same axes counts the lines already there.
 OURS = "skipscope"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of the style's size: for a file, or one of pyplot's."""
+    """Create a figure of the style's size: a plain figure for a file, or a pyplot figure."""
     look = current()
     if look.figsize is not None:
         width, height = look.figsize
@@ -39,32 +40,34 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def new_axes(width: float = 7.2, height: float = 4.0, **options: Any) -> Any:
-    """Axes of a new figure."""
+    """Create axes in a new figure."""
     return new_figure(width, height).subplots(**options)
 
 
 def require_flat(ax: Any, what: str) -> Any:
-    """The axes, two-dimensional ones.
+    """Return the axes if they are two-dimensional.
 
     Raises:
-        SkipscopeError: they are 3-D axes.
+        SkipscopeError: the axes are 3-D.
     """
     if getattr(ax, "name", "") == "3d":
         raise SkipscopeError(
-            "plot", f"{what} is not drawn into 3-D axes", expected="two-dimensional axes", got="3-D axes",
+            "plot",
+            f"{what} is not drawn into 3-D axes",
+            expected="two-dimensional axes",
+            got="3-D axes",
             cure="plt.figure().add_subplot()",
-        )  # fmt: skip
+        )
     return ax
 
 
 @functools.singledispatch
 def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
-    """Draw a chart into ``ax``, or into new axes; returns the axes."""
+    """Draw a chart into ``ax`` or new axes. Returns the axes."""
     raise TypeError(type(chart).__name__)
 
 
-# --- lines
-# ----------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 @draw.register
@@ -91,7 +94,7 @@ def _(chart: Lines, ax: Any = None, *, label: str | None = None) -> Any:
 
 
 def _frame(ax: Any, chart: Lines) -> None:
-    """What the first result drawn into the axes decides for all."""
+    """Set scales, ticks and labels, which the first result in the axes determines."""
     from matplotlib.ticker import MaxNLocator
 
     if chart.log_y:
@@ -112,7 +115,8 @@ def _frame(ax: Any, chart: Lines) -> None:
 def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | None) -> None:
     style = (series.style + before) % len(LIGHT)
     name = plain(label or series.label)
-    if name in ax.get_legend_handles_labels()[1]:  # of an earlier result; label= names them apart
+    # An earlier result may have the same name; label= avoids that.
+    if name in ax.get_legend_handles_labels()[1]:
         name = f"{name} ({before + 1})"
     if series.faint or (series.frame is not None and series.frame != chart.frame):
         ax.plot(series.x, _visible(series.y, chart.log_y), color="0.65", lw=0.7)
@@ -129,13 +133,14 @@ def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | Non
         ms=4,
         markevery=max(1, len(series.x) // 12),
     )
-    ax.dataLim.update_from_data_x(series.x, ignore=False)  # where no value is finite is part of the axis
+    # The axis also covers points whose values are not finite.
+    ax.dataLim.update_from_data_x(series.x, ignore=False)
     if series.low is not None and series.high is not None:
         ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
 
 
 def _names(ax: Any, chart: Lines, named: list[Series]) -> None:
-    """Lines that fan out to the left are named there, and the numbers stand on the right, as on the page."""
+    """Name lines that are read from the right at their left end, with the y ticks on the right."""
     ax.yaxis.tick_right()
     ax.yaxis.set_label_position("right")
     ax.spines["left"].set_visible(False)
@@ -144,7 +149,8 @@ def _names(ax: Any, chart: Lines, named: list[Series]) -> None:
         (s, next((y for y in s.y if np.isfinite(y) and (y > 0 or not chart.log_y)), None)) for s in named
     ]
     ends = sorted(((y, s) for s, y in first if y is not None), key=lambda end: end[0])
-    ax.get_figure(root=True).draw_without_rendering()  # the layout, so that names can be kept apart in points
+    # Names are kept apart in points, which requires the final layout.
+    ax.get_figure(root=True).draw_without_rendering()
     points = [ax.transData.transform((0, y))[1] * 72 / ax.get_figure(root=True).dpi for y, _ in ends]
     for place, point, (y, series) in zip(spread(points, 11.0, -1e9, 1e9), points, ends):
         at = (min(series.x), y)
@@ -161,8 +167,7 @@ def _names(ax: Any, chart: Lines, named: list[Series]) -> None:
 
 
 def _visible(values: Any, log: bool) -> np.ndarray:
-    """On a log axis zero has no place: a gap, which the verdict under the picture explains."""
-    # copied: a chart holds any sequence, and the gaps are ours
+    """Copy the values, with a gap for each that a log axis cannot show."""
     array = np.array([np.nan if v is None else v for v in values], dtype=float)
     if log:
         array[array <= 0] = np.nan
@@ -170,13 +175,12 @@ def _visible(values: Any, log: bool) -> np.ndarray:
 
 
 def dash(style: int) -> Any:
-    """A series' dash in matplotlib's words."""
+    """Dash pattern of a series, for matplotlib."""
     pattern = DASHES[style % len(DASHES)]
     return (0, tuple(float(d) for d in pattern.split())) if pattern else "-"
 
 
-# --- bars
-# ----------------------------------------------------------------------------------------------------
+# --- bars ---
 
 
 @draw.register
@@ -192,7 +196,8 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
         at = np.arange(count) + (k + 0.5) * thick - 0.4
         values = np.array(chart.values[k][:count], dtype=float)
         colour = LIGHT[chart.styles[k] % len(LIGHT)]
-        if chart.log:  # a bar's length means nothing where the axis has no zero
+        # On an axis without zero the length of a bar means nothing, so markers are drawn.
+        if chart.log:
             ax.plot(values, at, PLOT_MARKERS[k % len(PLOT_MARKERS)], color=colour, label=plain(name))
         else:
             hatch = ("", "///", "...", "xxx")[k % 4]
@@ -214,8 +219,7 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
     return ax
 
 
-# --- the network
-# ----------------------------------------------------------------------------------------------------
+# --- the network ---
 
 
 @draw.register
@@ -264,19 +268,18 @@ def _(chart: Network, ax: Any = None, *, names: bool = True) -> Any:
     return ax
 
 
-# --- the look
-# ----------------------------------------------------------------------------------------------------
+# --- the look ---
 
 
 def calm(ax: Any, grid: str = "y") -> None:
-    """No box, and a grid that stays in the background."""
+    """Remove the frame's top and right sides, and put a light grid in the background."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="0.9", lw=0.8)
     ax.set_axisbelow(True)
 
 
 def remark(ax: Any, mark: Mark) -> None:
-    """A word beside a place on the x axis, at the top of the axes."""
+    """Write a mark's label at the top of the axes, beside its x position."""
     ax.annotate(
         plain(mark.label),
         (mark.x, 1),
@@ -290,7 +293,7 @@ def remark(ax: Any, mark: Mark) -> None:
 
 
 def foot(ax: Any, sentence: str) -> None:
-    """A sentence under the picture; of several results drawn into one picture each keeps its own."""
+    """Add a sentence under the picture, below those of results drawn before."""
     if not current().notes:
         return
     wrapped = "\n".join(textwrap.wrap(plain(sentence), 100))
@@ -299,5 +302,5 @@ def foot(ax: Any, sentence: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Escape text that matplotlib would read as mathematics."""
     return str(text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Heat maps and loss surfaces by matplotlib: contours on clipped log levels, and 3-D."""
+"""Matplotlib renderer of heat maps and loss surfaces: contours on clipped log levels, and 3-D."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ def _(chart: Heat, ax: Any = None) -> Any:
         norm=LogNorm(low, max(high, low * 1.01)),
         rasterized=True,
     )
-    zero = np.ma.masked_where(
-        chart.values != 0, np.zeros_like(chart.values)
-    )  # exactly zero is grey, as on the page
+    # Exact zeros are grey, as on the page.
+    zero = np.ma.masked_where(chart.values != 0, np.zeros_like(chart.values))
     ax.pcolormesh(
         _edges(chart.columns), np.arange(rows + 1), zero, cmap="gray", vmin=-1, vmax=1, rasterized=True
     )
@@ -53,7 +52,7 @@ def _(chart: Heat, ax: Any = None) -> Any:
 
 
 def _stripes(ax: Any, chart: Heat) -> None:
-    """What is not finite, as on the page: each run of it in a row is one striped bar."""
+    """Stripe values that are not finite, as on the page, with one bar per run in a row."""
     edges = _edges(chart.columns)
     for row, broken in enumerate(np.isinf(chart.values)):
         turns = np.flatnonzero(np.diff(np.concatenate([[0], broken, [0]]).astype(int)))
@@ -63,14 +62,16 @@ def _stripes(ax: Any, chart: Heat) -> None:
 
 
 def _events(ax: Any, chart: Heat) -> None:
-    """A line for each event, and its words in one of two rows above the map where there is room."""
+    """Draw a line for each event, with its label in one of two rows above the map if there is room."""
     for mark in chart.events:
         ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
-    ax.figure.draw_without_rendering()  # the layout decides how much room there is
+    # The available room is known only after layout.
+    ax.figure.draw_without_rendering()
     point = ax.figure.dpi / 72
     box = ax.get_window_extent()
     places = [ax.transData.transform((mark.x, 0))[0] / point for mark in chart.events]
-    lengths = [len(mark.label) * 5.2 for mark in chart.events]  # of letters of 8 points, generous
+    # A generous estimate of the width of letters of 8 points.
+    lengths = [len(mark.label) * 5.2 for mark in chart.events]
     found = rooms(places, lengths, box.x0 / point, box.x1 / point)
     rows = max([room[1] + 1 for room in found if room] or [0])
     for mark, place, room in zip(chart.events, places, found):
@@ -99,12 +100,13 @@ def _edges(columns: Any) -> np.ndarray:
 
 @draw.register
 def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None = None) -> Any:
-    """Contours, or ``kind="3d"``; several surfaces get axes of their own: new ones, or as many as ``ax``
-    has.
+    """Draw contours, or 3-D surfaces with ``kind="3d"``, each surface in its own axes.
+
+    Without ``ax`` new axes are created; with it, as many surfaces are drawn as it has axes.
     """
     axes = [] if ax is None else list(np.ravel(ax))
     solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
-    if kind not in {None, "contour", "3d"} or any((one.name == "3d") != solid for one in axes):
+    if kind not in {None, "contour", "3d"} or any((axis.name == "3d") != solid for axis in axes):
         raise SkipscopeError(
             "plot",
             "these axes are not for this kind of picture",
@@ -118,12 +120,12 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
         axes = list(np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options)))
     scale = _surface_charts.heights(chart, current().limits)
     drawn = None
-    for where, surface in zip(axes, chart.surfaces):
-        drawn = relief(where, surface, scale) if solid else contours(where, surface, scale)
+    for target, surface in zip(axes, chart.surfaces):
+        drawn = relief(target, surface, scale) if solid else contours(target, surface, scale)
         note = textwrap.wrap(surface.note, 36 if count > 1 else 46) if current().notes else []
-        where.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
+        target.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
         if not solid:
-            where.set_xlabel(plain(chart.axes[0]), fontsize=8)
+            target.set_xlabel(plain(chart.axes[0]), fontsize=8)
     if not solid:
         axes[0].set_ylabel(plain(chart.axes[1]), fontsize=8)
     if not solid and current().legend:
@@ -136,22 +138,22 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
 
 
 def square(figure: Any) -> None:
-    """Maps that are kept square need a layout that knows it; in the usual one a label is cut off at the
-    edge.
-    """
+    """Set the layout for square maps: matplotlib's constrained layout would cut off a label at the edge."""
     figure.set_layout_engine("compressed")
-    figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show
+    # The layout may need two passes, but writing a file makes only one.
+    figure.draw_without_rendering()
 
 
 def contours(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
-    """One surface as a contour map."""
+    """Draw one surface as a contour map."""
     from matplotlib.patches import Rectangle
 
     level = np.ma.masked_invalid(scale(np.asarray(surface.values, dtype=float)).T)
     a, b = np.meshgrid(surface.alphas, surface.betas)
     low, high = scale.ends()
     colours = _colours(surface.signed)
-    if min(level.shape) < 2:  # a row of points has no contours
+    # A single row of points has no contours.
+    if min(level.shape) < 2:
         drawn = ax.pcolormesh(a, b, level, vmin=low, vmax=high + 1e-9, cmap=colours, shading="nearest")
     else:
         levels = np.linspace(low, high + 1e-9, 33)
@@ -162,7 +164,8 @@ def contours(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
         everywhere = Rectangle(
             (0, 0), 1, 1, transform=ax.transAxes, fc=BROKEN[0], ec=BROKEN[1], hatch="//////", lw=0
         )
-        everywhere.set_zorder(0)  # seen where no colour covers it
+        # Visible only where no colour covers it.
+        everywhere.set_zorder(0)
         ax.add_patch(everywhere)
         ax.set_xlim(surface.alphas[0], surface.alphas[-1])
         ax.set_ylim(surface.betas[0], surface.betas[-1])
@@ -186,7 +189,7 @@ def contours(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
 
 
 def relief(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
-    """One surface in 3-D, from the same side as on the page."""
+    """Draw one surface in 3-D, from the same side as on the page."""
     level = _surface_charts.fine(scale(np.asarray(surface.values, dtype=float))).T
     sides = zip((surface.alphas, surface.betas), level.T.shape)
     a, b = np.meshgrid(*(np.linspace(side[0], side[-1], count) for side, count in sides))

@@ -1,7 +1,7 @@
-"""The page: one self-contained file, and the same charts as a fragment for a notebook.
+"""HTML renderer: a self-contained page, or a fragment for a notebook.
 
-What is drawn by hand here (text) is escaped by jinja2; what is drawn by `_svg.py` is escaped there. The
-policy in the page's head allows exactly the scripts that it carries, by their hashes, and no address at all.
+Text is escaped by jinja2, and charts by `_markup.py`. The content security policy in the page's head allows
+only the page's own scripts, by their hashes, and no network access.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from skipscope.report._glossary import with_terms
 from skipscope.report._markup import clean, raised_markup
 from skipscope.report._svg import both
 
-MOST = 8_000_000  # bytes: what a browser on a phone still opens, and a mail still carries
-ROWS = 400  # of a table; the rest is in the data
+# Largest page in bytes, for browsers on phones and for mail attachments.
+MOST = 8_000_000
+# Rows of a table that are shown; the rest is in the page's data.
+ROWS = 400
 
 
 @functools.singledispatch
 def svg(chart: Chart) -> Markup:
-    """A chart as SVG, at both widths."""
+    """Render a chart as SVG, at both widths."""
     raise TypeError(type(chart).__name__)
 
 
@@ -46,20 +48,20 @@ svg.register(Network, functools.partial(both, _arcs.network))
 
 
 def page(result: Result, document: Document, file: str = "report.html", live: str | None = None) -> str:
-    """A result as a page.
+    """Render a result as a page.
 
     Args:
-        result: carried along, so that the page can be loaded.
-        document: its content.
-        file: the page's name, for the line that says how to load it.
-        live: address of the live page, where it is beside this one.
+        result: embedded as data, so that the page can be loaded.
+        document: content of the page.
+        file: name of the page's file, for the line that says how to load it.
+        live: address of the live page, or None.
 
     Raises:
-        SkipscopeError: it would be larger than a browser should be given.
+        SkipscopeError: the page would be larger than :data:`MOST`, even without the data.
     """
     panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(document.panels)]
     turning = any(_turns(chart) for panel in document.panels for chart in panel.charts)
-    scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
+    scripts = [*([asset("surface3d.js")] if turning else []), asset("page.js")]
     data = packed(dumps(result))
     content = {
         "document": document,
@@ -69,9 +71,9 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
         "file": file,
         "version": __version__,
         "live": live,
-        "css": Markup(_without_space(_asset("chart.css") + _asset("page.css"))),
+        "css": Markup(_without_space(asset("chart.css") + asset("page.css"))),
         "scripts": [Markup(script) for script in scripts],
-        "policy": _policy(scripts),
+        "policy": content_policy(scripts),
     }
     made = _environment().get_template("page").render(content, data=data)
     if len(made.encode()) > MOST:
@@ -87,23 +89,23 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
 
 
 def fragment(document: Document) -> str:
-    """The first panel as a piece of HTML for a notebook, with its style."""
+    """Render the first panel as an HTML fragment for a notebook, with its style."""
     first = _panel(document.panels[0], "s1") if document.panels else None
-    content = {"document": document, "panel": first, "css": Markup(_asset("chart.css"))}
+    content = {"document": document, "panel": first, "css": Markup(asset("chart.css"))}
     return _environment().get_template("fragment").render(content)
 
 
 def piece(drawing: Markup) -> str:
-    """A drawing as a piece of HTML that brings its style."""
-    css = Markup(_asset("chart.css"))
+    """Wrap a drawing as an HTML fragment with its style."""
+    css = Markup(asset("chart.css"))
     return str(Markup('<div class="skipscope fragment"><style>{}</style>{}</div>').format(css, drawing))
 
 
 def alone(drawing: Markup) -> str:
-    """A drawing as an SVG file of its own, with its style inside."""
+    """Make a standalone SVG file of a drawing, with its style."""
     box = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawing)
     assert box, "every drawing has a viewBox"
-    css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", _asset("chart.css")).replace(".skipscope {", "svg {")
+    css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", asset("chart.css")).replace(".skipscope {", "svg {")
     start, _, rest = str(drawing).partition(">")
     size = f' width="{box[1]}" height="{box[2]}" style="background: var(--paper)">'
     return (
@@ -156,7 +158,7 @@ def _figure(chart: Chart, name: str) -> dict[str, Any]:
 
 
 def _turns(chart: Chart) -> TypeGuard[Surfaces]:
-    """Heights are worth turning; a difference reads better flat."""
+    """Whether a chart has a 3-D view; a difference reads better flat."""
     return isinstance(chart, Surfaces) and not chart.flat
 
 
@@ -186,16 +188,16 @@ def _cell(value: Any) -> str:
 
 
 def _safe_json(text: str) -> Markup:
-    """JSON for inside a script element: no ``<``, so nothing in it can end the element or open a comment."""
+    """Escape ``<`` in JSON, so that nothing in it can end a script element or open a comment."""
     return Markup(text.replace("<", "\\u003c"))
 
 
 def _without_space(css: str) -> str:
-    """A style sheet without its comments and its indentation."""
+    """Strip comments and indentation from a style sheet."""
     return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL))
 
 
-def _policy(scripts: Sequence[str]) -> str:
+def content_policy(scripts: Sequence[str]) -> str:
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
     )
@@ -206,7 +208,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def stress(sentence: str) -> Markup:
-    """A sentence with its numbers in bold.
+    """Set the numbers of a sentence in bold.
 
     Example:
         >>> stress("<It> falls 8.3 decades at layers.4")
@@ -233,9 +235,13 @@ def _environment() -> Environment:
     from jinja2 import FunctionLoader
 
     made = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
-        loader=FunctionLoader(lambda name: _asset(f"{name}.html")),
-    )  # fmt: skip
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+        loader=FunctionLoader(lambda name: asset(f"{name}.html")),
+    )
     made.filters["stress"] = stress
     made.filters["terms"] = with_terms
     return made
@@ -246,5 +252,5 @@ def _finalize(value: Any) -> Any:
 
 
 @functools.cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return resources.files("skipscope.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Colours, markers and dashes: distinct to eyes of any kind, and in black and white.
+"""Colours, markers and dashes that are distinct with any colour vision, and in black and white.
 
-Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness
-    from
-dark to light, whoever looks.
+Series have Okabe and Ito's colours, each with its own marker and dash. Heights have viridis, whose lightness
+increases evenly.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import numpy as np
 
 LIGHT = ("#0067a5", "#c8500a", "#2c8a6b", "#7b4f9d", "#9a7b00", "#4a4a48", "#b0366f", "#1f9bb5")
 DARK = ("#6bb8ee", "#f39a5b", "#5cc9a3", "#c3a1e3", "#dcc04d", "#b9b7b0", "#ee8fbb", "#74d3e6")
-BROKEN = ("#b3123f", "#ffd9e2")  # the two colours of the stripes of what is not finite
+# Colours of the stripes for values that are not finite.
+BROKEN = ("#b3123f", "#ffd9e2")
 DASHES = ("", "6 4", "2 3", "9 3 2 3", "12 4", "4 2", "1 4", "8 2 2 2 2 2")
 PLOT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def _circle(x: float, y: float) -> str:
-    # One arc that ends a twentieth of a pixel from where it began: half as long as two halves.
+    # A single arc, which ends a twentieth of a pixel from its start, is half as long as two half circles.
     return f"M{x:.1f} {y - 3.2:.1f}a3.2 3.2 0 1 0 .05 0z"
 
 
@@ -65,20 +65,20 @@ MARKERS: tuple[Callable[[float, float], str], ...] = (
 
 
 def viridis(count: int = 256) -> np.ndarray:
-    """``[count, 3]`` bytes from dark to light."""
+    """Viridis as ``[count, 3]`` bytes, from dark to light."""
     import matplotlib
 
     return (matplotlib.colormaps["viridis"](np.linspace(0, 1, count))[:, :3] * 255).round().astype(np.uint8)
 
 
 def heat_png(values: np.ndarray, size: tuple[int, int] = (720, 460)) -> tuple[bytes, float, float]:
-    """A positive matrix as a PNG on a log scale, and the range of the colours.
+    """Render a positive matrix as a PNG on a log scale. Returns it and the range of the colours.
 
-    Zero is grey, what is not finite (inf) is striped, what is not known (NaN) is transparent.
+    Zero is grey, a value that is not finite (inf) is striped, an unknown value (NaN) is transparent.
 
     Args:
-        values: ``[rows, columns]``; of more columns than there are pixels the nearest to each pixel is taken.
-        size: pixels across and down on the screen.
+        values: ``[rows, columns]``; with more columns than pixels, each pixel shows the nearest column.
+        size: width and height on the screen in pixels.
     """
     values = np.asarray(values, dtype=float)
     positive = np.isfinite(values) & (values > 0)
@@ -87,7 +87,8 @@ def heat_png(values: np.ndarray, size: tuple[int, int] = (720, 460)) -> tuple[by
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (np.log10(values) - np.log10(low)) / max(np.log10(high) - np.log10(low), 1e-12)
-    if part.shape[1] > size[0]:  # fewer columns than steps: take the steps nearest to each pixel
+    # With fewer pixels than steps each pixel shows the nearest step.
+    if part.shape[1] > size[0]:
         part, values = (
             a[:, np.linspace(0, a.shape[1] - 1, size[0]).round().astype(int)] for a in (part, values)
         )
@@ -105,16 +106,16 @@ def heat_png(values: np.ndarray, size: tuple[int, int] = (720, 460)) -> tuple[by
 
 
 def _striped(pixels: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The same picture with a pixel for each of the screen's, and slanted stripes ``where`` it says."""
+    """Scale the picture to the screen's pixels and stripe the values ``where`` is True."""
     row, column = np.indices(size[::-1])
     at = row * len(where) // size[1], column * where.shape[1] // size[0]
     return striped(pixels[at], where[at])
 
 
 def striped(pixels: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """``pixels`` with slanted stripes ``where`` it says: what is not finite."""
+    """Copy ``pixels`` with slanted stripes ``where`` is True, for values that are not finite."""
     row, column = np.indices(where.shape)
-    pixels = pixels.copy()  # of the caller's
+    pixels = pixels.copy()
     for number, colour in enumerate(BROKEN):
         pixels[where & ((row + column) // 4 % 2 == number)] = (*bytes.fromhex(colour[1:]), 255)
     return pixels

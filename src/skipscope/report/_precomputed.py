@@ -1,6 +1,4 @@
-"""The paper's own kind of picture, computed once: a ResNet-56 with and without shortcuts
-(docs/make_resnet56.py).
-"""
+"""Precomputed surfaces of a ResNet-56 with and without shortcuts, as in the paper (docs/make_resnet56.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from skipscope.report._view_surfaces import height_sentence
 
 
 def resnet56_panel() -> Panel:
-    """Both surfaces, marked as precomputed, with their provenance."""
+    """Panel with both surfaces, marked as precomputed, with their provenance."""
     with (
         files("skipscope.report").joinpath("resnet56_surfaces.npz").open("rb") as file,
         np.load(file) as saved,

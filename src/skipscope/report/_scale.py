@@ -1,4 +1,4 @@
-"""Axes: where a number lies on paper, where the ticks are, and how they are written."""
+"""Axes: positions of numbers, ticks and their labels."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FAR = 1e300  # beyond it numbers lie on the edge: the arithmetic of ticks would overflow
+# Larger numbers are clipped, because the arithmetic of ticks would overflow.
+FAR = 1e300
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from numbers to positions.
+    """Scale from numbers to positions.
 
-    On a log axis, zero and what is negative lie on the lower edge, infinity on the upper one (each has its
-    own tick then), so that a dead gradient is seen and not left out.
+    On a log axis, zero and negative numbers are drawn on the lower edge and infinity on the upper edge, each
+    with its own tick, so that a dead gradient is visible.
     """
 
     low: float
@@ -28,11 +29,11 @@ class Axis:
     ticks: tuple[tuple[float, str], ...] = ()
 
     def __call__(self, value: float | None) -> float | None:
-        """The position of a number, or None where there is none."""
+        """Position of a number. None for a missing number or NaN."""
         return None if value is None or math.isnan(value) else self.at(value)
 
     def at(self, value: float) -> float:
-        """The position of a number that is one."""
+        """Position of a number that is not NaN."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         if self.log:
             value = -math.inf if value <= 0 else math.log10(value) if value < math.inf else math.inf
@@ -47,17 +48,16 @@ class Axis:
 def axis(
     values: Iterable[float], start: float, end: float, *, log: bool = False, zero: bool = False, most: int = 6
 ) -> Axis:
-    """An axis that holds ``values``, with about ``most`` ticks.
+    """Create an axis that contains ``values``, with about ``most`` ticks.
 
     Args:
-        values: what must fit.
+        values: numbers to show.
         start: position of the low end.
         end: position of the high end.
-        log: powers of ten.
-        zero: a linear axis begins at zero when it can.
-        most: how many ticks there is room for.
+        log: whether the scale is logarithmic.
+        zero: whether a linear axis must contain zero.
+        most: approximate number of ticks.
     """
-    # copied to a contiguous float array: values of any origin
     array = np.array([v for v in values if v is not None], dtype=float)
     finite = np.clip(array[np.isfinite(array)], -FAR, FAR)
     if log:
@@ -75,11 +75,12 @@ def axis(
 
 
 def whole_axis(low: float, high: float, start: float, end: float, most: int = 6) -> Axis:
-    """An axis whose ends are exactly the data's, with whole numbers or round numbers for ticks."""
+    """Create a linear axis that ends exactly at the data, with integers or round numbers as ticks."""
     if high <= low:
         high = low + 1
     step = _nice((high - low) / max(1, most))
-    if float(low).is_integer() and float(high).is_integer():  # counts: no boundary has the number 2.5
+    # Counts have integer ticks: there is no boundary 2.5.
+    if float(low).is_integer() and float(high).is_integer():
         step = max(1.0, math.ceil(step))
     ticks = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return Axis(low, high, start, end, ticks=tuple((t, plain(t)) for t in ticks))
@@ -105,11 +106,13 @@ def _log_axis(array: np.ndarray, positive: np.ndarray, start: float, end: float,
         ]
         ticks = [(t, plain(t)) for t in grid if low <= t <= high]
         ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
-        if not ticks:  # none of these lies in so narrow a range
+        # A narrow range may contain none of these ticks.
+        if not ticks:
             step = _nice((high - low) / 3)
             ticks = [(t, plain(t)) for t in (math.ceil(low / step) * step, math.floor(high / step) * step)]
             ticks = ticks[: 1 + (ticks[1][0] > ticks[0][0])]
-    if (array <= 0).any():  # room below for a zero
+    # Make room below for zero.
+    if (array <= 0).any():
         low = max(low / 10 ** max(0.15 * decades, 0.5), 1e-320)
         ticks = [(0.0, "0"), *ticks]
     if np.isposinf(array).any():
@@ -124,7 +127,7 @@ def _nice(step: float) -> float:
 
 
 def plain(value: float) -> str:
-    """A tick's number, without noise.
+    """Format a tick's number without rounding noise.
 
     Example:
         >>> plain(0.25), plain(1500), plain(-2e-7), plain(1e-5), plain(0)
@@ -141,7 +144,7 @@ def plain(value: float) -> str:
 
 
 def power(exponent: int) -> str:
-    """A power of ten as people write it: 10⁻³, 1, 10, 100."""
+    """Format a power of ten: 10⁻³, 0.1, 1, 10, 100."""
     return {0: "1", 1: "10", 2: "100", -1: "0.1"}.get(exponent) or "10" + str(exponent).translate(
         SUPERSCRIPTS
     )

@@ -1,4 +1,4 @@
-"""Saved results of one kind side by side: one table, and their charts over each other or after each other."""
+"""Results of one kind side by side: a common table, and charts that are overlaid or listed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SideBySide(Result):
     """Results of one kind side by side.
 
     Attributes:
-        names: what each result is called.
-        texts: each result as it is saved.
+        names: name of each result.
+        texts: each result in its saved form.
 
     Example:
         >>> import torch, skipscope as ss
@@ -37,13 +37,11 @@ class SideBySide(Result):
 
     @property
     def results(self) -> dict[str, Result]:
-        """The results by name."""
+        """Results by name."""
         return {name: loads(text, name) for name, text in zip(self.names, self.texts)}
 
     def table(self) -> Table:
-        """One row for each row name of any result; of the other columns those that differ between the
-        results.
-        """
+        """Table with a row for each row name of any result, and only the columns that differ."""
         tables = {name: result.table() for name, result in self.results.items()}
         first = next(iter(tables.values()))
         by_row = {name: {str(row[0]): row for row in table.rows} for name, table in tables.items()}
@@ -96,7 +94,7 @@ def side_by_side(results: Mapping[str, Result]) -> SideBySide:
 
 
 def _shortened(names: list[str]) -> tuple[str, ...]:
-    """The parts of paths in which they differ, or the names as they are."""
+    """Shorten paths to the parts in which they differ; other names are unchanged."""
     parts = [Path(name).parts for name in names]
     if len({len(p) for p in parts}) != 1 or len(set(names)) < len(names):
         return tuple(names)
@@ -106,10 +104,10 @@ def _shortened(names: list[str]) -> tuple[str, ...]:
 
 @view.register
 def _(result: SideBySide) -> Document:
-    stories = {name: document(one) for name, one in result.results.items()}
+    documents = {name: document(entry) for name, entry in result.results.items()}
     panels = [Panel("All numbers", tables=[result.table()])]
-    for k, panel in enumerate(next(iter(stories.values())).panels):
-        drawn = {name: s.panels[k].chart for name, s in stories.items() if k < len(s.panels)}
+    for k, panel in enumerate(next(iter(documents.values())).panels):
+        drawn = {name: s.panels[k].chart for name, s in documents.items() if k < len(s.panels)}
         charts = {name: chart for name, chart in drawn.items() if chart is not None}
         merged = _over_each_other(charts)
         if merged is not None:
@@ -119,14 +117,14 @@ def _(result: SideBySide) -> Document:
             panels.append(Panel(panel.heading, None, panel.caption, parts=parts))
     return Document(
         "Side by side",
-        ", ".join(stories),
-        [f"{name}: {s.answer[0]}" for name, s in stories.items() if s.answer],
+        ", ".join(documents),
+        [f"{name}: {s.answer[0]}" for name, s in documents.items() if s.answer],
         panels,
     )
 
 
 def _over_each_other(charts: Mapping[str, Chart]) -> Lines | None:
-    """Line charts on the same axes as one. Returns None if they are not lines, or their axes differ."""
+    """Overlay line charts in one chart. Returns None if they are not lines, or their axes differ."""
     drawn = [(name, chart) for name, chart in charts.items() if isinstance(chart, Lines)]
     if len(drawn) < 2 or len(drawn) < len(charts):
         return None

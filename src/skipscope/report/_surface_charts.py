@@ -1,10 +1,9 @@
-"""Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D
-view.
+"""Loss surfaces on a clipped log scale, as contours in SVG and as data for the 3-D view.
 
-A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five
-decades above the lowest point of all surfaces shown, with one scale for all of them. A point far below all
-but a few others (the centre of a network that fits its data) is no bottom to measure from. Losses that go
-below zero have no logarithm.
+A loss surface spans many decades, and its bottom matters most: heights are logarithms, clipped five decades
+above the lowest point of all surfaces shown, which share one scale. A point far below all but a few others
+(the centre of a network that fits its data) does not count as the lowest. Losses below zero have a linear
+scale.
 """
 
 from __future__ import annotations
@@ -26,19 +25,21 @@ from skipscope.report._palette import striped, viridis
 from skipscope.report._scale import power
 
 DECADES = 5.0
-_LOWEST = 3.0  # decades that the bottom may lie below the lowest twentieth of all points
-_RISES = 5.0  # on a linear scale: heights are cut at so many times the median's rise above the lowest
+# Largest number of decades from the 5 % quantile of all points down to the bottom.
+_LOWEST = 3.0
+# On a linear scale, heights are clipped at so many times the median's rise above the lowest point.
+_RISES = 5.0
 
 
 @dataclass(frozen=True)
 class Heights:
-    """How losses become heights.
+    """Scale from losses to heights.
 
     Attributes:
-        low, high: the loss at the bottom and at the cut.
-        cut: whether something lies above the cut.
-        log: False where heights are the values themselves: a difference, or losses below zero.
-        under: whether something lies below the bottom, and is drawn there.
+        low, high: losses at the bottom and at the top, where heights are clipped.
+        cut: whether any value is above ``high``.
+        log: whether heights are logarithms; False for a difference, or for losses below zero.
+        under: whether any value is below ``low``.
     """
 
     low: float
@@ -48,14 +49,14 @@ class Heights:
     under: bool = False
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Heights; NaN stays NaN, infinity is the cut."""
+        """Convert losses to heights; NaN stays NaN, infinity is clipped."""
         if not self.log:
             return np.clip(values, self.low, self.high)
         with np.errstate(invalid="ignore"):
             return np.log10(np.clip(values, self.low, self.high))
 
     def ends(self) -> tuple[float, float]:
-        """The lowest and the highest height."""
+        """Lowest and highest height."""
         return (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
 
     def levels(self, count: int = 9) -> np.ndarray:
@@ -64,7 +65,7 @@ class Heights:
         return np.linspace(low, high, count + 2)[1:-1]
 
     def ticks(self) -> tuple[list[float], list[str]]:
-        """Where to write what on the height axis."""
+        """Positions and labels of the ticks on the height axis."""
         if not self.log:
             values = np.linspace(self.low, self.high, 5)
             return values.tolist(), [short(float(v), 2) for v in values]
@@ -77,7 +78,7 @@ class Heights:
 
 
 def heights(chart: Surfaces, limits: tuple[float, float] | None = None) -> Heights:
-    """One scale for all surfaces of a chart, between ``limits`` where these are given."""
+    """Choose one scale for all surfaces of a chart, between ``limits`` if given."""
     values = np.concatenate([np.ravel(s.values) for s in chart.surfaces])
     if limits is not None:
         low, high = limits
@@ -106,7 +107,7 @@ def heights(chart: Surfaces, limits: tuple[float, float] | None = None) -> Heigh
 
 
 def colours(signed: bool) -> np.ndarray:
-    """``[256, 3]`` bytes: viridis for heights; blue through white to orange for a difference."""
+    """Colour map ``[256, 3]``: viridis for heights; blue through white to orange for a difference."""
     if not signed:
         return viridis()
     below, middle, above = np.array([0, 103, 165]), np.array([247, 246, 242]), np.array([200, 80, 10])
@@ -117,7 +118,7 @@ def colours(signed: bool) -> np.ndarray:
 
 
 def contours(chart: Surfaces, width: int) -> Markup:
-    """All surfaces of a chart as contour maps beside each other, on one scale, with its key."""
+    """Draw all surfaces of a chart as contour maps side by side, on one scale, with its key."""
     scale = heights(chart)
     across = min(len(chart.surfaces), (4 if len(chart.surfaces) == 4 else 3) if width > 500 else 2)
     gap = 18
@@ -143,7 +144,7 @@ def contours(chart: Surfaces, width: int) -> Markup:
 
 
 def _axes(chart: Surfaces) -> str:
-    """What lies to the right and what upward, and how far."""
+    """Describe the axes to the right and upward, with their ranges."""
     ends = [(axis[0], axis[-1]) for axis in (chart.surfaces[0].alphas, chart.surfaces[0].betas)]
     return "; ".join(
         f"{arrow} {clean(name)}, {short(float(low))} to {short(float(high))}"
@@ -196,7 +197,7 @@ def _dots(surface: Surface, x: float, y: float, side: float) -> list[Markup]:
 
 
 def _path(surface: Surface, x: float, y: float, side: float) -> list[Markup]:
-    """Known weights on the plane, joined in their order; what lies beyond the edge is drawn on it."""
+    """Draw known weights on the plane, joined in order; points beyond the edge are drawn on it."""
     if not len(surface.path):
         return []
 
@@ -233,7 +234,7 @@ def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) ->
 
 
 def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
-    """The points of a line that lie at least ``apart`` pixels from the last one kept, and both ends."""
+    """Keep both ends of a line, and points at least ``apart`` pixels from the last kept point."""
     kept = [line[0]]
     for point in line[1:-1]:
         if math.hypot(*(point - kept[-1])) >= apart:
@@ -242,9 +243,7 @@ def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
 
 
 def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
-    """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else
-    linear.
-    """
+    """Interpolate heights on a finer grid for smooth contours: cubic if all are known, else linear."""
     from scipy.interpolate import RegularGridInterpolator
 
     known = np.isfinite(level)
@@ -253,9 +252,10 @@ def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
     axes = [np.arange(n, dtype=float) for n in level.shape]
     finer = [np.linspace(0, n - 1, max(n, math.ceil(least / (n - 1)) * (n - 1) + 1)) for n in level.shape]
     grid = np.meshgrid(*finer, indexing="ij")
-    method = "cubic" if known.all() else "linear"  # a cubic would carry NaN over the whole plane
+    # A cubic interpolation would spread NaN over the whole plane.
+    method = "cubic" if known.all() else "linear"
     made = RegularGridInterpolator(axes, level, method=method)(tuple(grid))
-    # A cubic may overshoot: never beyond what was measured
+    # A cubic interpolation may overshoot the measured range.
     return np.clip(made, np.nanmin(level), np.nanmax(level))
 
 
@@ -267,9 +267,7 @@ def _part(axis: np.ndarray, value: float) -> float | None:
 def _png(
     level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
 ) -> str:
-    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or
-    striped.
-    """
+    """Render heights ``[a, b]``, a to the right, b upward; unknown values are transparent or striped."""
     from PIL import Image
     from scipy.ndimage import map_coordinates
 
@@ -286,7 +284,7 @@ def _png(
             np.repeat(np.repeat(rgba, 3, 0), 3, 1), np.repeat(np.repeat(clear.T[::-1] <= 0.5, 3, 0), 3, 1)
         )
     buffer = io.BytesIO()
-    # A palette takes a third of the bytes; the colours are at most 256 and a transparent one.
+    # A palette takes a third of the bytes, and there are hardly more colours than it can hold.
     picture = Image.fromarray(np.ascontiguousarray(rgba)).quantize(256, Image.Quantize.FASTOCTREE)
     picture.save(buffer, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -308,7 +306,8 @@ def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> M
     below = "≤ " if scale.under or (scale.cut and signed) else ""
     low, high = scale.ends()
     between: list[tuple[float, str]] = []
-    free = x + 58.0  # labels of the ends and of each other need room
+    # Tick labels must not overlap the labels of the ends or each other.
+    free = x + 58.0
     for value, text in zip(*scale.ticks()):
         at = x + (value - low) / ((high - low) or 1.0) * width
         if free < at < x + width - 58:
@@ -326,7 +325,7 @@ def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> M
 
 
 def payload(chart: Surfaces) -> dict[str, Any]:
-    """What the page's script needs to draw the surfaces in 3-D: heights, scale and ticks; no markup."""
+    """Data for the page's 3-D script: heights, scale and ticks, without markup."""
     scale = heights(chart)
     values, texts = scale.ticks()
     low, high = scale.ends()
@@ -335,7 +334,8 @@ def payload(chart: Surfaces) -> dict[str, Any]:
         for i in range(16)
     ]
     surfaces = [_mesh(surface, scale(np.asarray(surface.values, dtype=float))) for surface in chart.surfaces]
-    room = 0.01 * (high - low)  # rounded heights must not fall through the floor
+    # Rounded heights must stay within the range.
+    room = 0.01 * (high - low)
     return {
         "surfaces": surfaces,
         "low": low - room,
@@ -347,7 +347,7 @@ def payload(chart: Surfaces) -> dict[str, Any]:
 
 
 def _mesh(surface: Surface, level: np.ndarray) -> dict[str, list]:
-    """The axes and the heights of one surface, on the same finer grid as its map."""
+    """Axes and heights of one surface, interpolated to a finer grid like its map."""
     smooth = fine(level, least=41)
     x, y = (
         np.linspace(axis[0], axis[-1], n) for axis, n in zip((surface.alphas, surface.betas), smooth.shape)

@@ -1,4 +1,4 @@
-"""Horizontal bars as SVG; dots where the axis has no zero."""
+"""SVG renderer of horizontal bars, or of dots on an axis without zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from skipscope.report._svg import LETTER, sheet, words
 
 
 def bars(chart: Bars, width: int, most: int = 24) -> Markup:
-    """Horizontal bars of ``width`` pixels; beyond ``most`` rows the rest is left to the table, and said
-    so.
-    """
+    """Draw horizontal bars, ``width`` pixels wide, for ``most`` rows; a note counts the other rows."""
     count, several = min(len(chart.labels), most), len(chart.names) > 1
     labels = [ellipsis(label, 18 if width < 500 else 34) for label in chart.labels[:count]]
     left = 8 + max([len(label) for label in labels] or [1]) * LETTER
@@ -44,9 +42,8 @@ def bars(chart: Bars, width: int, most: int = 24) -> Markup:
 def _axis(chart: Bars, count: int, left: float, width: int) -> Axis:
     rows = [*chart.values, *(chart.low or []), *(chart.high or [])]
     shown = [float(value) for row in rows for value in row[:count]]
-    margin = (
-        56 if any(value < 0 for value in shown) and not chart.log else 4
-    )  # for numbers left of their bars
+    # The values of negative bars are written on their left.
+    margin = 56 if any(value < 0 for value in shown) and not chart.log else 4
     return axis(shown, left + margin, width - (58 if width < 500 else 70), log=chart.log, zero=not chart.log)
 
 
@@ -56,7 +53,8 @@ def _bar(chart: Bars, k: int, i: int, x: Axis, zero: float, at_y: float, thick: 
     if end is None:
         return words("not measured", zero + 5, middle + 4, "note")
     tip = tag("title", f"{chart.labels[i]}  {chart.names[k]}: {short(value)}")
-    if chart.log:  # a bar's length means nothing where the axis has no zero: a dot on a thread
+    # On an axis without zero the length of a bar means nothing, so a marker on a thin line is drawn.
+    if chart.log:
         drawn = join(
             tag("path", d=f"M{x.start:.1f} {middle:.1f}H{end:.1f}", class_="grid"),
             tag("path", tip, d=MARKERS[style](end, middle), class_=f"marker s{style}"),

@@ -1,4 +1,4 @@
-"""Heat maps as SVG: layers by steps, colours on a log scale."""
+"""SVG renderer of heat maps: layers by steps, colours on a log scale."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from skipscope.report._svg import LETTER, rooms, sheet, words
 
 
 def heat(chart: Heat, width: int) -> Markup:
-    """A heat map of ``width`` pixels, on a log scale, with its key; grey is zero, stripes are not finite,
-    white is unknown.
+    """Draw a log-scale heat map, ``width`` pixels wide, with its key.
+
+    Zero is grey, a value that is not finite is striped, and an unknown value is white.
     """
     rows = len(chart.values)
     inside = min(460, max(150, rows * 12))
@@ -47,7 +48,7 @@ def heat(chart: Heat, width: int) -> Markup:
 
 
 def _events(chart: Heat, x: Axis, width: int, inside: float) -> tuple[list[Markup], float]:
-    """Lines and words of the events, and where the map begins: under the title and the rows of words."""
+    """Draw the events' lines and labels. Returns them and the top of the map, below the labels."""
     labels = [ellipsis(mark.label, 40, keep="start") for mark in chart.events]
     places = [x.at(mark.x) for mark in chart.events]
     found = rooms(places, [len(label) * LETTER for label in labels], 2, width - 2)

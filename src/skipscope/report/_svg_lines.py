@@ -1,4 +1,4 @@
-"""Lines as SVG: bands, markers, names at the lines' ends, a level of reference, and texts for a pointer."""
+"""SVG renderer of line charts: bands, markers, names at the lines' ends, a reference level, tooltips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipscope.report._svg import LETTER, spread
 
 
 def lines(chart: Lines, width: int) -> Markup:
-    """A line chart of ``width`` pixels."""
+    """Draw a line chart, ``width`` pixels wide."""
     narrow = width < 500
     height = 250 if narrow else 330
     named = _named(chart)
@@ -62,7 +62,7 @@ def _heights(chart: Lines) -> list[float]:
         for values in (s.y, s.low, s.high)
         if values is not None
         for v in values
-        # A band that reaches zero or below says little on a log axis and would stretch it
+        # A band that reaches zero or below would stretch a log axis.
         if not (chart.log_y and values is not s.y and not v > 0)
     ] + ([chart.level[0]] if chart.level else [])
 
@@ -81,7 +81,7 @@ def _x_axis(chart: Lines, start: float, end: float, most: int) -> Axis:
 
 def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, beside: bool) -> Markup:
     parts = []
-    # Lines that are named at their left end leave the right side to the numbers
+    # If lines are named at their left end, the tick labels are on the right.
     side, anchor = (x.end + 8, "start") if chart.back and beside else (x.start - 7, "end")
     rows, columns = [y.at(value) for value, _ in y.ticks], [x.at(value) for value, _ in x.ticks]
     length = x.end - x.start
@@ -107,7 +107,7 @@ def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, beside: bo
 
 
 def _remarks(chart: Lines, x: Axis, y: Axis, width: int, *, beside: bool) -> Markup:
-    """What is written into the chart, over the lines: a level of reference, and places worth a word."""
+    """Draw the reference level and the marks, over the lines."""
     parts = []
     if chart.level:
         at = y.at(chart.level[0])
@@ -150,7 +150,7 @@ def _line(series: Series, x: Axis, y: Axis, chart: Lines) -> Markup:
     seen = [p for p in points if None not in p]
     if not series.faint and seen:
         step = max(1, len(seen) // (60 if series.points else 12 if x.end - x.start > 400 else 6))
-        # Markers of different lines start at different points, so that lines on top of each other stay apart
+        # Markers of different lines start at different points, so that overlapping lines can be told apart.
         shown = seen if len(seen) <= 16 else seen[(style * step) // 4 :: step]
         parts.append(
             tag("path", d="".join(MARKERS[style](px, py) for px, py in shown), class_=f"marker s{style}")
@@ -171,7 +171,7 @@ def _runs(points: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
-    """At most about ``most`` points: of each stretch the lowest and the highest, so that no spike is lost."""
+    """Keep about ``most`` points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return points
     kept: list[tuple] = [points[0]]
@@ -191,8 +191,7 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
 
 
 def _path(points: Sequence[tuple], invisible: float = 5.0) -> str:
-    """The path through some points, in tenths of a pixel and relative to each other: half as long as in
-    full.
+    """SVG path through points, in relative coordinates to a tenth of a pixel (half as long as absolute ones).
 
     Example:
         >>> _path([(41.62, 168.3), (47.0, 171.04), (52.5, 170.0)])
@@ -204,15 +203,13 @@ def _path(points: Sequence[tuple], invisible: float = 5.0) -> str:
     return "M" + _pair(*kept[0]) + (f"l{line}" if line else "") if kept else ""
 
 
-# How near to the line through its neighbours a point is not seen, in tenths of a pixel: lines are 2 pixels
-# wide, and the edge of a band is soft.
+# Tenths of a pixel within which a point of a band's edge may be dropped, because the edge is soft. Lines,
+# which are 2 pixels wide, need the smaller default of _path.
 _SOFT = 6.0
 
 
 def _without_invisible(places: list[tuple[int, int]], invisible: float) -> list[tuple[int, int]]:
-    """Places without those that the straight line between others passes near enough (Ramer, Douglas and
-    Peucker).
-    """
+    """Drop points that are near the line between others (Ramer-Douglas-Peucker algorithm)."""
     keeps, stretches = {0, len(places) - 1}, [(0, len(places) - 1)]
     while stretches:
         first, last = stretches.pop()
@@ -228,7 +225,7 @@ def _without_invisible(places: list[tuple[int, int]], invisible: float) -> list[
 
 
 def _distance(place: tuple[int, int], start: tuple[int, int], end: tuple[int, int]) -> float:
-    """From a place to the straight piece between two others."""
+    """Distance from a point to the segment between two others."""
     x, y = place[0] - start[0], place[1] - start[1]
     dx, dy = end[0] - start[0], end[1] - start[1]
     along = max(0.0, min(1.0, (x * dx + y * dy) / (dx * dx + dy * dy))) if dx or dy else 0.0
@@ -236,7 +233,7 @@ def _distance(place: tuple[int, int], start: tuple[int, int], end: tuple[int, in
 
 
 def _pair(a: int, b: int) -> str:
-    """Two numbers in tenths; a minus separates them as well as a space."""
+    """Format two numbers given in tenths, separated by a space or by the second one's minus sign."""
     first, second = (
         f"{value / 10:g}".replace("0.", ".") if abs(value) < 10 else f"{value / 10:g}" for value in (a, b)
     )
@@ -244,9 +241,10 @@ def _pair(a: int, b: int) -> str:
 
 
 def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
-    """Invisible discs that tell a pointer the numbers; a title serves where scripts do not run."""
+    """Draw invisible discs with tooltips; as title elements they work without scripts."""
     total = sum(len(s.x) for s in chart.series if not s.faint)
-    step = max(1, math.ceil(total / (60 if x.end - x.start > 400 else 28)))  # a finger is no mouse
+    # A finger on a phone needs more room than a mouse.
+    step = max(1, math.ceil(total / (60 if x.end - x.start > 400 else 28)))
     parts = []
     for series in chart.series:
         if series.faint or (series.frame is not None and series.frame != chart.frame):
@@ -264,7 +262,7 @@ def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
 
 
 def swatch(style: int, at_x: float, at_y: float) -> Markup:
-    """A short piece of line with its marker."""
+    """Draw a sample of a line with its marker, for a legend."""
     style %= len(MARKERS)
     return join(
         tag(
@@ -293,7 +291,7 @@ def _legend(named: Sequence[Series], width: int, start: float = 24) -> tuple[Mar
 
 
 def _end_labels(chart: Lines, named: Sequence[Series], x: Axis, y: Axis) -> Markup:
-    """The lines' names at their ends, moved apart where they would touch."""
+    """Draw the lines' names at their ends, moved apart where they would overlap."""
     ends: list[tuple[float, str, int | None]] = (
         [(y.at(chart.level[0]), chart.level[1], None)] if chart.level else []
     )
@@ -308,7 +306,8 @@ def _end_labels(chart: Lines, named: Sequence[Series], x: Axis, y: Axis) -> Mark
     parts = []
     for place, (_, words, style) in zip(places, ends):
         kind = "note" if style is None else f"label ink s{style}"
-        if style is not None:  # the marker again, so that a name is found without its colour
+        # The marker is repeated, so that a name can be found without its colour.
+        if style is not None:
             parts.append(tag("path", d=MARKERS[style](at_x + 11 * side, place), class_=f"marker s{style}"))
         shift = 19 if style is not None else 9
         parts.append(tag("text", words, x=at_x + shift * side, y=place + 4, text_anchor=anchor, class_=kind))

@@ -1,4 +1,4 @@
-"""How surfaces over several seeds are shown, and curvature over a plane."""
+"""Views of surfaces over several seeds, and of curvature maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the lecture's own experiment is shown: what it shows, and over a thousand seeds what it does not."""
+"""View of the lecture's own experiment: what it shows, and what a thousand seeds do not confirm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipscope.report._document import view
 
 
 def seed_lines(result: BookExperiment) -> Lines:
-    """The lecture's five numbers, without and with shortcuts."""
+    """Chart of the lecture's five numbers, without and with shortcuts."""
     at = list(range(1, len(result.layers) + 1))
     without = [g.without for g in result.gradient_means]
     having = [g.with_shortcuts for g in result.gradient_means]
@@ -41,7 +41,7 @@ def seed_lines(result: BookExperiment) -> Lines:
 
 
 def distribution(result: BookExperiment) -> Lines:
-    """First gradient over last, over all seeds: the share of seeds below each value."""
+    """Cumulative distribution over seeds of the first layer's gradient over the last layer's."""
     series = []
     for name, means, style in (
         ("without", result.means_without, 1),

@@ -1,4 +1,4 @@
-"""How the main job is shown: the answer, the network, then the lecture's claims one by one."""
+"""View of a comparison: the answer, the network, then the lecture's claims one by one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DIGITS = (
 
 
 def styles(result: Comparison) -> dict[str, int]:
-    """One colour, marker and dash a network, the same in every chart: cool with shortcuts, warm without."""
+    """Style of each network, the same in every chart: cool colours with shortcuts, warm without."""
     cool, warm = iter((0, 2, 7, 3, 5) * 9), iter((1, 4, 6, 5) * 9)
     return {twin.name: next(cool if len(result.found.get(twin.name, ())) else warm) for twin in result.twins}
 
@@ -52,7 +52,7 @@ def _twins(result: Comparison, things: Mapping[str, Thing]) -> dict[str, Thing]:
 
 
 def main_twin(result: Comparison) -> str | None:
-    """The first network that has shortcuts and was taken apart."""
+    """First network with shortcuts and a gradient split, else with shortcuts. None if there is none."""
     having = [twin.name for twin in result.twins if len(result.found.get(twin.name, ()))]
     return next((name for name in having if name in result.split), having[0] if having else None)
 

@@ -1,4 +1,4 @@
-"""How curvature is shown: both ends, and the density between them."""
+"""Views of curvature: extreme eigenvalues and spectral density."""
 
 from __future__ import annotations
 

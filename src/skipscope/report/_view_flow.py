@@ -1,4 +1,4 @@
-"""How flow, split, paths, importance, remedies and correlations are shown."""
+"""Views of gradient flow, remedies and gradient correlations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DEPTH = "boundary, from the input (left) to the loss (right)"
 
 
 def number(value: float | None) -> float:
-    """A missing number as NaN, so that a line has a gap there."""
+    """Convert a missing number to NaN, so that a line has a gap there."""
     return math.nan if value is None else float(value)
 
 
 def flow_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | None = None) -> Lines:
-    """The flow of one or several networks, boundary by boundary, on a log axis."""
+    """Chart of the flow of one or several networks, boundary by boundary, on a log axis."""
     series = []
     for i, (name, flow) in enumerate(flows.items()):
         series.append(
@@ -56,7 +56,7 @@ def flow_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | No
 
 
 def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | None = None) -> Lines:
-    """The factor at each boundary, whose product is what reaches the first one."""
+    """Chart of the factor at each boundary; their product is the gradient that reaches the first."""
     series = [
         Series(
             name,
@@ -166,10 +166,18 @@ def _(result: Prescription) -> Document:
 @view.register
 def _(result: GradientCorrelation) -> Document:
     chart = Lines(
-        [Series("correlation", [b[0] for b in result.bins], [b[1] for b in result.bins],
-                tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins])],
-        "distance between two inputs", "correlation of their gradients", level=(0.0, "0: unrelated"),
-    )  # fmt: skip
+        [
+            Series(
+                "correlation",
+                [b[0] for b in result.bins],
+                [b[1] for b in result.bins],
+                tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins],
+            )
+        ],
+        "distance between two inputs",
+        "correlation of their gradients",
+        level=(0.0, "0: unrelated"),
+    )
     panel = Panel(
         "Gradients of near inputs",
         chart,

@@ -1,4 +1,4 @@
-"""How a monitor's history is shown: layers x steps as a heat map, the verdict's line under it."""
+"""View of a monitor's history: a heat map of layers by steps, with the verdict below."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ KEY = (
 
 
 def heat_of(result: History, what: Quantity) -> Heat | None:
-    """One quantity of a history as a heat map, or None when nothing was recorded."""
+    """Heat map of one quantity of a history. None if nothing was recorded."""
     matrix = result.matrix(what)
     values = np.array(matrix["values"], dtype=float)
     if not values.size:
         return None
-    if what != "flow":  # its norm is NaN like one that is not known; the state tells them apart
+    # A norm that is not finite is stored as NaN, like an unknown one; the recorded state distinguishes them.
+    if what != "flow":
         columns = [result.parameters.index(name) for name in matrix["rows"]]
         states = result.states[result.optimizers == 0][:, columns].T
         values[(states == STATES.index("nonfinite")) & np.isnan(values)] = np.inf
@@ -73,7 +74,7 @@ def _(result: History) -> Document:
 
 
 def _marks(events: Sequence[VerdictEvent], columns: Sequence[int]) -> list[Mark]:
-    """The events among the columns; of a state that flickers, not so many that their lines hide the map."""
+    """Marks for the events among the columns, thinned so that a flickering state does not hide the map."""
     marks: list[Mark] = []
     apart = (columns[-1] - columns[0]) / 150
     for e in events:
@@ -83,7 +84,7 @@ def _marks(events: Sequence[VerdictEvent], columns: Sequence[int]) -> list[Mark]
 
 
 def _event_sentences(events: Sequence[VerdictEvent]) -> list[str]:
-    """How the state changed: the first time, the last two, and how often in between."""
+    """Sentences on the first and the last two changes of the state, and their number in between."""
     sentences = [
         _sentence(f"step {e.step:,}: from {e.before} to {e.verdict.state}: {e.verdict.reason}")
         for e in events
@@ -100,5 +101,5 @@ def _tables(result: History) -> list[Table]:
 
 
 def _sentence(text: str) -> str:
-    """It begins with a capital and ends with a full stop."""
+    """Capitalise the first letter and add a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "…")) else ".")

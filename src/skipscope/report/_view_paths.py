@@ -1,4 +1,4 @@
-"""How the paths of the gradient are shown: at each fork, by path length, and what each shortcut is worth."""
+"""Views of gradient paths: split at each fork, by path length, and importance of each shortcut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skipscope.report._view_flow import number
 
 
 def split_lines(split: GradientSplit) -> Lines:
-    """What each shortcut and each branch carries, fork by fork."""
+    """Chart of the gradient that each shortcut and each branch carries, fork by fork."""
     at = list(range(1, len(split) + 1))
     tips = [
         f"{s.name}: shortcut {short(s.shortcut_rms)}, branch {short(s.branch_rms)}, cosine {short(s.cosine)}"
@@ -32,7 +32,7 @@ def split_lines(split: GradientSplit) -> Lines:
 
 
 def split_answer(split: GradientSplit) -> str:
-    """How much the shortcuts carry, in a sentence."""
+    """Sentence on how much of the gradient the shortcuts carry."""
     shares = sorted(s.share for s in split if s.share is not None)
     if not shares:
         return "There is no gradient to split."
@@ -62,9 +62,7 @@ def _(result: GradientSplit) -> Document:
 
 
 def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
-    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the
-    table.
-    """
+    """Chart of the gradient by path length; norms below 1e-12 of the largest are only in the table."""
     series, marks = [], []
     for i, (name, spectrum) in enumerate(paths.items()):
         top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0
@@ -99,7 +97,7 @@ def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | No
 
 
 def path_answer(spectrum: PathSpectrum) -> str:
-    """Where most of the gradient travels, in a sentence."""
+    """Sentence on the path lengths that carry most of the gradient."""
     shares, total, inside = spectrum.shares, 0.0, []
     for k in sorted(range(len(shares)), key=lambda k: -shares[k]):
         inside.append(k)
@@ -131,7 +129,7 @@ def _(result: PathSpectrum) -> Document:
 
 
 def importance_bars(result: Importance, what: str = "loss_cost") -> Bars:
-    """What each edit costs, the shortcut that costs most to remove first."""
+    """Chart of what each edit costs, ordered by the cost of removing the shortcut."""
 
     def cost(edit: Cost | None) -> float:
         return math.nan if edit is None else number(getattr(edit, what))
@@ -147,7 +145,7 @@ def importance_bars(result: Importance, what: str = "loss_cost") -> Bars:
 
 
 def importance_answer(result: Importance) -> str:
-    """Which one matters most, in a sentence."""
+    """Sentence on the shortcuts that matter most and least."""
     ranked = [
         (s.name, s.removed.loss_cost)
         for s in result.ranked
@@ -161,7 +159,7 @@ def importance_answer(result: Importance) -> str:
 
 
 def importance_panels(result: Importance) -> list[Panel]:
-    """What each shortcut and each branch is worth: in loss, and in flow."""
+    """Panels on what each shortcut and each branch is worth, in loss and in flow."""
     return [
         Panel(
             "What each one costs in loss",

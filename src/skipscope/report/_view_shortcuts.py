@@ -1,4 +1,4 @@
-"""How a network and its shortcuts are shown: the drawing, and what was found."""
+"""View of a network and its shortcuts: the drawing and the table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from skipscope.shortcuts import Shortcuts
 
 
 def drawing(found: Shortcuts, shares: Mapping[str, float | None] | None = None) -> Network:
-    """The network as a line of layers; what lies on a shortcut's own side (a projection) is no layer of the
-    line.
+    """Build the drawing of a network, without layers on a shortcut's own path (a projection).
 
     Args:
         found: the shortcuts.
@@ -33,7 +32,7 @@ def drawing(found: Shortcuts, shares: Mapping[str, float | None] | None = None) 
 
 
 def found_answer(found: Shortcuts) -> str:
-    """How many, and of which kind."""
+    """Sentence on the number of shortcuts and their kinds."""
     if not len(found):
         return f"{found.model or 'The network'} has no shortcuts."
     kinds = Counter(s.kind for s in found)

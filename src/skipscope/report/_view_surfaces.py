@@ -1,4 +1,4 @@
-"""How loss surfaces are shown: turning, and as contours; twins beside each other, and their difference."""
+"""Views of loss surfaces: in 3-D and as contours, twins side by side, and their difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipscope.surfaces import Surface as LossSurface
 
 
 def axes_of(surface: LossSurface) -> tuple[str, str]:
-    """What the axes are."""
+    """Names of the axes, with the unit of random directions."""
     by = surface.provenance.normalize
     unit = f" in |w| by {by}" if by != "none" else ""
     names = [f"{n}{unit}" if n.startswith("random direction") else n for n in surface.axis_names]
@@ -21,17 +21,20 @@ def axes_of(surface: LossSurface) -> tuple[str, str]:
 
 
 def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
-    """Surfaces beside each other on one scale; lines where there is one direction only."""
+    """Chart of surfaces side by side on one scale, or of lines if there is only one direction."""
     first = next(iter(surfaces.values()))
     if not first.betas.size:
         series = [
             Series(
-                name, s.alphas.tolist(), s.values.tolist(), style=i,
+                name,
+                s.alphas.tolist(),
+                s.values.tolist(),
+                style=i,
                 low=None if s.stderr is None else (s.values - 1.96 * s.stderr).tolist(),
                 high=None if s.stderr is None else (s.values + 1.96 * s.stderr).tolist(),
             )
             for i, (name, s) in enumerate(surfaces.items())
-        ]  # fmt: skip
+        ]
         said = [f"{name}: {text}" for name, s in surfaces.items() if (text := _not_numbers(s.values))]
         return Lines(
             series,
@@ -45,9 +48,7 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
 
 
 def drawn(surface: LossSurface, name: str) -> Surface:
-    """A surface as a chart has it: with the known weights on its plane, and dots where not every value was
-    computed.
-    """
+    """Surface of a chart, with the known weights, and with dots at computed points unless all are."""
     path, points = [], surface.points
     if points is not None and points.coordinates.ndim == 2 and points.coordinates.shape[1] == 2:
         path = [
@@ -63,20 +64,27 @@ def drawn(surface: LossSurface, name: str) -> Surface:
     dots = None if surface.computed.all() else surface.computed
     note = "; ".join(text for text in (surface.label, _not_numbers(surface.values, "striped: ")) if text)
     return Surface(
-        surface.values, surface.alphas, surface.betas, name, note, path=path, dots=dots,
-        dots_mean="computed, the rest interpolated", broken=np.isnan(surface.values),
+        surface.values,
+        surface.alphas,
+        surface.betas,
+        name,
+        note,
+        path=path,
+        dots=dots,
+        dots_mean="computed, the rest interpolated",
+        broken=np.isnan(surface.values),
         origin=(1.0 if surface.axis_names[:1] == ("shortcut strength",) else 0.0, 0.0),
-    )  # fmt: skip
+    )
 
 
 def _not_numbers(values: np.ndarray, how: str = "") -> str:
-    """How many points have no height, or ""."""
+    """Text on the number of points without a height, or ""."""
     missing = int(np.isnan(values).sum())
     return f"{how}NaN at {missing} of {values.size} points" if missing else ""
 
 
 def _known_places(surface: LossSurface) -> list[Mark]:
-    """The other solutions on a line, each with its own loss."""
+    """Marks for the known solutions on a line, each with its own loss."""
     points = surface.points
     if points is None:
         return []
@@ -90,7 +98,7 @@ def _wide(surfaces: dict[str, LossSurface]) -> bool:
 
 
 def height_sentence(chart: Chart) -> str:
-    """What the heights are, where they were clipped."""
+    """Sentence on the range and scale of the heights, and on clipping."""
     if not isinstance(chart, Surfaces):
         return ""
     scale = _surface_charts.heights(chart)
@@ -106,7 +114,7 @@ def height_sentence(chart: Chart) -> str:
 
 
 def surface_answer(name: str, surface: LossSurface) -> str:
-    """A surface in one sentence."""
+    """Sentence that summarises a surface."""
     scores = surface.scores
     if surface.label:
         return f"{name}: {surface.label}."
@@ -150,7 +158,7 @@ def _(result: LossSurface) -> Document:
 
 
 def metric_panel(surface: LossSurface, name: str) -> Panel:
-    """Another number of the same points, on a linear scale."""
+    """Panel of a metric at the same points, on a linear scale."""
     values = surface.metrics[name]
     if surface.betas.size:
         drawn = Surface(values, surface.alphas, surface.betas, name, broken=np.isnan(values))
@@ -161,7 +169,7 @@ def metric_panel(surface: LossSurface, name: str) -> Panel:
 
 
 def difference_chart(result: Difference, like: LossSurface | None = None) -> Chart:
-    """A difference, coloured on both sides of zero."""
+    """Chart of a difference, coloured on both sides of zero."""
     shape = result.values.shape
     alphas = like.alphas if like is not None else np.linspace(-1, 1, shape[0])
     betas = like.betas if like is not None else np.linspace(-1, 1, shape[1] if len(shape) > 1 else 0)
@@ -174,15 +182,20 @@ def difference_chart(result: Difference, like: LossSurface | None = None) -> Cha
             level=(0.0, "no difference"),
         )
     drawn = Surface(
-        result.values, alphas, betas, result.name, _not_numbers(result.values, "striped: "), signed=True,
+        result.values,
+        alphas,
+        betas,
+        result.name,
+        _not_numbers(result.values, "striped: "),
+        signed=True,
         broken=np.isnan(result.values),
-    )  # fmt: skip
+    )
     axes = axes_of(like) if like is not None else ("direction 1", "direction 2")
     return Surfaces([drawn], "difference of the loss", axes, flat=True)
 
 
 def difference_sentence(result: Difference) -> str:
-    """Where two surfaces differ for sure."""
+    """Sentence on the median difference, and on the share of points that clearly differ."""
     clear = result.clear_share
     finite = result.values[np.isfinite(result.values)]
     middle = float(np.median(finite)) if finite.size else float("nan")
@@ -205,7 +218,7 @@ def _(result: Difference) -> Document:
 
 
 def pair_panels(result: PairedSurfaces) -> list[Panel]:
-    """Twins beside each other, and the difference where there may be one."""
+    """Panels of twins side by side, and of their differences, if defined."""
     chart = surface_chart(result.surfaces)
     panels = [Panel("Side by side, on one scale", chart, height_sentence(chart), [result.table()])]
     like = next(iter(result.surfaces.values()))

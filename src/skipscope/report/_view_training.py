@@ -1,4 +1,4 @@
-"""How training and strength are shown: curves with bands, and the slider."""
+"""Views of training curves with bands, and of the strength sweep with its slider."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds (on the log scale, where losses are positive), and a band over
-    all of them.
+    """Chart of loss against step: mean over seeds, and a band from the lowest to the highest seed.
+
+    The mean is geometric if all losses are positive.
     """
     series = []
     is_positive = all(
@@ -53,7 +54,7 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
 
 
 def update_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """|update| / |weights| against step: the geometric mean over seeds, and a band over all of them."""
+    """Chart of |update| / |weights| against step: geometric mean over seeds, and a band over all seeds."""
     series = []
     for i, (name, by) in enumerate(training.curves.items()):
         if optimizer not in by:
@@ -63,9 +64,16 @@ def update_lines(training: Training, optimizer: str, style: Mapping[str, int] | 
         low, middle, high = (np.exp(part).tolist() for part in (logs.min(0), logs.mean(0), logs.max(0)))
         steps = list(range(1, logs.shape[1] + 1))
         series.append(
-            Series(name, steps, middle, low, high, style=(style or {}).get(name, i),
-                   tips=[f"{name}  step {s}: {short(m)}" for s, m in zip(steps, middle)])
-        )  # fmt: skip
+            Series(
+                name,
+                steps,
+                middle,
+                low,
+                high,
+                style=(style or {}).get(name, i),
+                tips=[f"{name}  step {s}: {short(m)}" for s, m in zip(steps, middle)],
+            )
+        )
     return Lines(
         series, f"step, {optimizer}", f"size of an update over size of the weights, {optimizer}", log_y=True
     )
@@ -122,7 +130,7 @@ def _training_answer(training: Training, optimizers: list[str]) -> list[str]:
 
 
 def strength_lines(sweep: StrengthSweep) -> Lines:
-    """The flow at every strength; a slider makes one of them strong."""
+    """Chart of the flow at every strength; a slider highlights one of them."""
     at = list(range(sweep.gradient_rms.shape[1]))
     series = [
         Series(

@@ -1,7 +1,7 @@
 """The dataflow of one forward pass: find, name, edit and add shortcuts, and tap activations.
 
-Words (definitions.md): where activations join is a *merge*; the *branch* is its side with weights, the
-*shortcut* the side that skips it, and they part at the *fork*.
+Terms (definitions.md): a *merge* is a call where activations join. The *branch* is its side with weights, the
+*shortcut* the side that skips the branch, and the *fork* the activation at which the two sides part.
 """
 
 from skipscope._lazy_names import lazy_names

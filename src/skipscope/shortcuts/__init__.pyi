@@ -7,6 +7,7 @@ from skipscope.shortcuts._edit import refuse_another_architecture as refuse_anot
 from skipscope.shortcuts._model_wrappers import unwrapped as unwrapped
 from skipscope.shortcuts._rewire import rewirable as rewirable
 from skipscope.shortcuts._rewire import rewire as rewire
+from skipscope.shortcuts._shortcut_result import KINDS as KINDS
 from skipscope.shortcuts._shortcut_result import Boundary as Boundary
 from skipscope.shortcuts._shortcut_result import OperandSide as OperandSide
 from skipscope.shortcuts._shortcut_result import Shortcut as Shortcut

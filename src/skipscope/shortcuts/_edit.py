@@ -1,8 +1,7 @@
-"""Edited twins: a module goes in, a module comes out whose shortcuts are removed, detached, lesioned or
-scaled.
+"""Edited twins: a copy of a model whose shortcuts are removed, detached, lesioned or scaled.
 
-Each operand that carries the shortcut (or the branch) becomes zeros, its detached self, or itself times a
-strength. The twin runs the model's own code otherwise; the folder ``twin`` says how.
+Each operand that carries the shortcut (or the branch) is replaced by zeros, detached, or multiplied by a
+strength. Otherwise the twin runs the model's own code; see the folder ``twin``.
 """
 
 from __future__ import annotations
@@ -37,32 +36,33 @@ def ablate(
     recalibrate: Any = None,
     allow_empty: bool = False,
 ) -> nn.Module:
-    """A twin of ``model`` in which shortcuts are edited, by the table of the documentation (What words mean).
+    """Return a twin of ``model`` with its shortcuts removed, detached or scaled, or its branches lesioned.
 
-    The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied,
-    pickled, compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded
-    like any model, after it was made: FSDP2 cannot copy what is sharded. Weights of what was cut (a removed
-    projection, a lesioned branch) get no gradient: DDP needs ``find_unused_parameters=True``.
+    The table in the documentation (What words mean) defines each edit. The twin is a module of the same class
+    name with the same ``state_dict`` keys. It can be trained, copied, pickled, compiled and edited again.
+    Edits multiply: strength 0.5 twice is 0.25. Local. Shard a twin after making it: FSDP2 cannot copy a
+    sharded model. Weights of a removed part (a removed projection, a lesioned branch) get no gradient: DDP
+    needs ``find_unused_parameters=True``.
 
     Args:
-        model: any eager module (of a compiled or DDP-wrapped one, what is inside is copied); it is left as
-            found.
-        found: which shortcuts: all of a ``Shortcuts``, or one, or several. From this model or another
-            instance.
+        model: any eager module, left unchanged; of a compiled or DDP-wrapped model, the module inside is
+            copied.
+        found: the shortcuts to edit: a ``Shortcuts`` (all of them), a single shortcut, or several. They may
+            come from another instance of the model.
         how: ``"remove"`` the shortcut, ``"detach"`` it (backward only), or ``"lesion"`` the branch.
         strength: instead of ``how``, a factor on the shortcut: a number, or a tensor that may require
             gradients (1 is as built, 0 is removed).
-        inputs: with ``found=None``: what to find all shortcuts with.
-        share: share the Parameter objects with ``model`` instead of copying them, for measuring without
-            memory. Such a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and to be trained.
+        inputs: with ``found=None``, the inputs with which to find all shortcuts.
+        share: share the Parameter objects with ``model`` instead of copying them, to measure without extra
+            memory. Such a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and training.
         recalibrate: data to recalibrate batch-norm statistics with (see :func:`recalibrate`).
-        allow_empty: where there is no shortcut to edit, return a copy instead of refusing.
+        allow_empty: if there is no shortcut to edit, return a copy instead of raising.
 
     Raises:
-        SkipscopeError: nothing says which shortcuts, or there are none; one cannot be edited; they are of
-            another architecture; the model is sharded. Also when the twin runs code that is not the code its
-            shortcuts were found in, and when a method of its own merges by code in which none were looked
-            for.
+        SkipscopeError: neither ``found`` nor ``inputs`` is given, or there are no shortcuts; a shortcut
+            cannot be edited; the shortcuts are those of another architecture; the model is sharded. Also when
+            the twin runs other code than that in which its shortcuts were found, and when one of its methods
+            merges activations in code that was not searched for shortcuts.
 
     Example:
         >>> import torch
@@ -82,15 +82,21 @@ def ablate(
         require_option("ablate", "edit", how, ("remove", "detach", "lesion"), "strength=")
     if strength is not None and not isinstance(strength, Real | Tensor):
         raise SkipscopeError(
-            "ablate", "a strength is one factor for all", expected="a number or a tensor", got=repr(strength),
+            "ablate",
+            "a strength is one factor for all",
+            expected="a number or a tensor",
+            got=repr(strength),
             cure="ablate once for each group of shortcuts: edits of edits compose",
-        )  # fmt: skip
+        )
     if strength is not None and how != "remove":
         raise SkipscopeError(
-            "ablate", "two edits at once", expected="how=, or strength= (a factor on the shortcut)",
-            got=f"how={how!r} and strength=", cure="ablate the twin again: edits of edits compose",
-        )  # fmt: skip
-    chosen, every = _chosen(model, found, inputs)
+            "ablate",
+            "two edits at once",
+            expected="how=, or strength= (a factor on the shortcut)",
+            got=f"how={how!r} and strength=",
+            cure="ablate the twin again: edits of edits compose",
+        )
+    chosen, every = choose_shortcuts(model, found, inputs, "ablate")
     if not chosen and not allow_empty:
         raise _nothing_to_edit(model, found)
     refuse_another_architecture(model, chosen if every is None else every, "ablate")
@@ -108,8 +114,9 @@ def _edit(
     strength: float | Tensor | None,
     share: bool,
 ) -> None:
-    """Make a copy of ``model`` follow the edits of ``chosen``; ``every`` are the shortcuts among which they
-    were found.
+    """Apply an edit to the shortcuts ``chosen`` of ``twin``, a copy of ``model``.
+
+    ``every`` holds all shortcuts that were found with them, or is None if these are unknown.
     """
     points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
@@ -131,19 +138,19 @@ def _edit(
 
 @contextmanager
 def one_edit(twin: nn.Module, model: nn.Module, found: Shortcuts, how: str) -> Iterator[None]:
-    """Edit a copy of ``model`` that shares its parameters inside; outside it is the copy that it was.
+    """Context in which ``twin``, a copy of ``model`` with shared parameters, is edited; undone at exit.
 
-    Many edits, one at a time, need one copy. Neither may be an edited twin already. Local.
+    So a sequence of edits needs only one copy. Neither module may be an edited twin already. Local.
 
     Args:
         twin: the copy.
-        model: what it is a copy of.
-        found: the shortcuts to edit, a part of those found on ``model``.
+        model: the original.
+        found: the shortcuts to edit, some of those found on ``model``.
         how: as for :func:`ablate`.
     """
     before = [(module, type(module), dict(vars(module))) for module in twin.modules()]
     try:
-        _edit(twin, model, *_chosen(model, found, None), how, None, True)
+        _edit(twin, model, *choose_shortcuts(model, found, None, "ablate"), how, None, True)
         yield
     finally:
         for module, kind, attributes in before:
@@ -173,17 +180,15 @@ def _in_words(
 
 
 def meaning(model: nn.Module) -> str:
-    """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g.
-    ``"removed"``.
-    """
+    """Describe the edits of a model in words, e.g. ``"removed"``; ``"as built"`` without edits (local)."""
     return ", ".join(edits_of(model)) or "as built"
 
 
 def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], operation: str) -> None:
-    """Refuse shortcuts that were found on another model than this one: of another class, deeper or shallower.
+    """Refuse shortcuts that were found on a model with other modules: another class, deeper or shallower.
 
     Raises:
-        SkipscopeError: as said.
+        SkipscopeError: a module of the shortcuts is not in ``model``, or ``model`` has further blocks.
     """
     modules = dict(model.named_modules())
 
@@ -208,14 +213,14 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
     with_weights = {path for path, module in modules.items() if module._parameters}
     in_rows = set().union(*map(_in_any_row, seen & with_weights)) if seen else set()
     for path in sorted(with_weights - seen):
-        # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other
-        # depth.
+        # A further block in a row of blocks makes the model deeper; a module inserted elsewhere (an adapter)
+        # does not.
         if _in_any_row(path) & in_rows:
             refuse(None, f"no module {path}", f"{type(model).__name__} has it")
 
 
 def _in_any_row(path: str) -> set[str]:
-    """A path with each of its numbers left out in turn: what stands in one row is alike then."""
+    """The path with each of its numbers replaced by ``*`` in turn; blocks of one row give equal patterns."""
     parts = path.split(".")
     return {".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if part.isdigit()}
 
@@ -231,14 +236,18 @@ def _nothing_to_edit(model: nn.Module, found: Any) -> SkipscopeError:
     )
 
 
-def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcut], Shortcuts | None]:
-    """The shortcuts to edit, and all that were found with them, where these are known."""
+def choose_shortcuts(
+    model: nn.Module, found: Any, inputs: Any, operation: str
+) -> tuple[Sequence[Shortcut], Shortcuts | None]:
+    """The shortcuts to edit, and all that were found with them, or None if those are unknown."""
     if found is None:
         if inputs is None:
             raise SkipscopeError(
-                "ablate", "nothing says which shortcuts", expected="found= or inputs=",
-                cure="ablate(model, inputs=x) edits all of them",
-            )  # fmt: skip
+                operation,
+                "neither found= nor inputs= is given",
+                expected="found= or inputs=",
+                cure=f"{operation}(model, inputs=x) edits all of them",
+            )
         found = find_shortcuts(model, inputs)
     if isinstance(found, Shortcuts):
         return found.entries, found
@@ -246,24 +255,28 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
     for item in chosen:
         if not isinstance(item, Shortcut):
             raise SkipscopeError(
-                "ablate", "this is not a shortcut", expected="what ss.find_shortcuts returned, or some of it",
-                got=f"{type(item).__name__}: {item!r:.60}", cure='found.select(name="layer1.*")',
-            )  # fmt: skip
+                operation,
+                "this is not a shortcut",
+                expected="what ss.find_shortcuts returned, or some of it",
+                got=f"{type(item).__name__}: {item!r:.60}",
+                cure='found.select(name="layer1.*")',
+            )
     knows = inputs is None or remembered_boundaries(model) is not None
     return chosen, None if knows else find_shortcuts(model, inputs)
 
 
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:
-    """Where the flow is read: the first float activation, each merge, and modules outside every branch, in
-    order.
+    """List a model's boundaries, where its gradient flow is read, in order of execution.
 
-    An edited twin gives its original's boundaries, so that the two can be compared point by point. Local, or
-    collective, as :func:`find_shortcuts`.
+    They are the first float activation, each merge's output, and outputs of modules outside every branch.
+
+    An edited twin returns its original's boundaries, so that the two can be compared point by point. Local,
+    or collective, as :func:`find_shortcuts`.
 
     Args:
         model: any eager module.
-        inputs: what it is called with.
-        found: its shortcuts, where they are known already.
+        inputs: its inputs.
+        found: its shortcuts, if already known.
     """
     known = remembered_boundaries(unwrapped(model))
     if known is None:

@@ -10,7 +10,7 @@ from skipscope._torch_private import compiled_from
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself: out of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``."""
+    """The module inside ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` wrappers."""
     inner: Any = model
     while True:
         if (compiled := compiled_from(inner)) is not None:

@@ -1,8 +1,8 @@
-"""Rewired twins: at chosen merges ``x + F`` becomes another connection of ``skipscope.nn``.
+"""Rewired twins: at chosen merges, ``x + F`` is replaced by another connection of ``skipscope.nn``.
 
-The model's own code runs. Where it adds, the connection's ``write(x, F)`` stands in; where a kind reads, its
-``read(x)`` goes into the module that the fork feeds; a kind that spans depth keeps its state from merge to
-merge.
+The model's own code runs. Its addition is replaced by the connection's ``write(x, F)``. For a kind that
+reads, the module that the fork feeds gets ``read(x)`` as its input. A kind that spans depth keeps its state
+from merge to merge.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import ConnectionKind
 from skipscope._untouched import private_copy, require_module, untouched
-from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
+from skipscope.shortcuts._edit import choose_shortcuts, refuse_another_architecture
 from skipscope.shortcuts._model_wrappers import unwrapped
 from skipscope.shortcuts._shortcut_result import Shortcut, Shortcuts
 from skipscope.shortcuts.taps import Merge, tap_merges
@@ -27,7 +27,7 @@ from skipscope.shortcuts.twin import REWIRED, ChainJoin, Group, Join, edits_of, 
 
 Maker = Callable[[int, int, int], nn.Module]
 
-# Where the new weights are, in the twin's state_dict.
+# The prefix of the new weights in the twin's state_dict.
 PLACE = "shortcuts"
 
 
@@ -40,32 +40,31 @@ def rewire(
     dim: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A twin of ``model`` in which merges ``x + F`` are another kind of connection.
+    """Return a twin of ``model`` in which merges ``x + F`` are replaced by another kind of connection.
 
     The twin runs the model's own code, and has the same ``state_dict`` keys and, under
     ``shortcuts.<name>.*``, the new weights. It can be trained, copied, pickled and compiled. Kinds that only
     join (scaled, ReZero, LayerScale, gates, norms after the sum) fit any sum of two. Kinds that read
-    (pre-norm, Fixup, GRU gate) fit where one module takes the fork's tensor, and nothing else does before the
-    merge. Kinds that span depth (hyper-connections, attention residuals) take the whole chain in order, where
-    each merge's output is the next one's shortcut. What does not fit is refused: here where it can be seen,
-    otherwise when the twin first runs. Local.
+    (pre-norm, Fixup, GRU gate) need a fork whose tensor goes to one module only before the merge. Kinds that
+    span depth (hyper-connections, attention residuals) need the whole chain in order, in which each merge's
+    output is the next one's shortcut. A misfit is refused: here if it can be seen, otherwise when the twin
+    first runs. Local.
 
     Args:
-        model: any eager module; it is left as found.
-        found: which shortcuts: all of a ``Shortcuts``, or one, or several.
+        model: any eager module; left unchanged.
+        found: the shortcuts to rewire: a ``Shortcuts`` (all of them), a single shortcut, or several.
         kind: a name of ``skipscope.nn.registry()``, one of its classes, or ``f(width, dim, depth) -> module``
             with ``read`` and ``write``.
-        inputs: what the model is called with: shapes are then seen instead of guessed from the branches'
-            weights, and the twin is run before it is handed over. With ``found=None`` also what to find all
-            shortcuts with.
-        dim: the dimension that holds the features; by default 1 where the branch holds a convolution, else
-            -1.
-        arguments: the kind's own, for instance ``init=0.1`` of ``"layer-scale"``.
+        inputs: the model's inputs. With them shapes are measured instead of guessed from the branches'
+            weights, and the twin is run once before it is returned. With ``found=None``, also the inputs
+            with which to find all shortcuts.
+        dim: the dimension that holds the features; by default 1 if the branch holds a convolution, else -1.
+        arguments: arguments of the kind, for instance ``init=0.1`` for ``"layer-scale"``.
 
     Raises:
         SkipscopeError: an unknown kind or argument; a shortcut that this kind does not fit; a model with an
-            attribute ``shortcuts``; also when the twin runs and meets code that is not the code its shortcuts
-            were found in.
+            attribute ``shortcuts``; also when the twin runs other code than that in which its shortcuts were
+            found.
 
     Example:
         >>> class Net(nn.Module):
@@ -83,7 +82,7 @@ def rewire(
     require_module(model, "rewire")
     model = unwrapped(model)
     known = connections.find_kind(kind, "rewire") if isinstance(kind, str | type) else None
-    chosen, every = _chosen(model, found, inputs)
+    chosen, every = choose_shortcuts(model, found, inputs, "rewire")
     refuse_another_architecture(model, chosen if every is None else every, "rewire")
     for shortcut in chosen:
         _refuse_misfit(shortcut)
@@ -122,12 +121,12 @@ def rewire(
 
 
 def rewirable(found: Shortcuts) -> Shortcuts:
-    """Those of ``found`` that are sums of a shortcut and a branch."""
+    """The shortcuts of ``found`` whose merge is the sum of a shortcut and a branch."""
     return replace(found, entries=tuple(shortcut for shortcut in found if _misfit(shortcut) is None))
 
 
 def _misfit(shortcut: Shortcut) -> str | None:
-    """Why a merge is no sum of two tensors, one of them the shortcut; None where it is one."""
+    """Why a merge is not the sum of a shortcut and a branch. None if it is."""
     operation = shortcut.key.site.rpartition(":")[2]
     places = [*shortcut.shortcut_at, *shortcut.branch_at]
     reason = shortcut.blocked
@@ -138,17 +137,17 @@ def _misfit(shortcut: Shortcut) -> str | None:
     ):
         reason = f"it merges by {operation} of {', '.join(shortcut.sides)}"
     elif reason is None and any(place.call != shortcut.key for place in places):
-        reason = "its two sides do not come straight to the sum"
+        reason = "an operation stands between a side and the sum"
     return reason
 
 
 def _refuse_misfit(shortcut: Shortcut) -> None:
-    """Refuse a merge that is no sum of two tensors, one of them the shortcut."""
+    """Refuse a merge that is not the sum of a shortcut and a branch."""
     reason = _misfit(shortcut)
     if reason is not None:
         raise SkipscopeError(
             "rewire",
-            "this merge is no sum of a shortcut and a branch",
+            "this merge is not the sum of a shortcut and a branch",
             layer=shortcut.name,
             expected="x + F(x)",
             got=reason,
@@ -171,9 +170,7 @@ def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[t
 
 
 def _reader(shortcut: Shortcut) -> str:
-    """The module that takes the fork's tensor: the branch's own; its first where it begins elsewhere (a norm
-    before it).
-    """
+    """Path of the module that reads the fork: the branch if it is a module, else its first module."""
     home, host = shortcut.name.partition("#")[0], shortcut.key.host
     is_around = not home or home == host or host.startswith(home + ".")
     return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch[:1]) else home
@@ -185,7 +182,7 @@ def _ancestors(paths: Sequence[str]) -> set[str]:
 
 
 class _Builder:
-    """Makes the connection of each merge."""
+    """Builds the connection of each merge."""
 
     def __init__(
         self,
@@ -200,7 +197,7 @@ class _Builder:
     def joins(
         self, chosen: Sequence[Shortcut], modules: dict[str, nn.Module], shapes: Sequence[torch.Size | None]
     ) -> list[Join]:
-        """One rule a merge; those of a kind that spans depth share one module."""
+        """One rule for each merge; the rules of a kind that spans depth share one module."""
         branches = [[modules[path] for path in s.branch if path in modules] for s in chosen]
         if self.known is not None and self.known.spans_depth:
             if self.known.module is connections.Reversible and len(chosen) % 2:
@@ -264,14 +261,14 @@ class _Builder:
 
     @staticmethod
     def _placed(module: nn.Module, branch: Sequence[nn.Module]) -> nn.Module:
-        """With the branch's device and dtype."""
+        """Move a module to the branch's device and dtype."""
         weight = next((p for part in branch for p in part.parameters() if p.is_floating_point()), None)
         return module if weight is None else module.to(weight.device, weight.dtype)
 
     def _features(
         self, shortcut: Shortcut, branch: Sequence[nn.Module], shape: torch.Size | None
     ) -> tuple[int, int]:
-        """How wide the stream is, and which dimension holds the features."""
+        """The width of the stream, and the dimension that holds the features."""
         convolution = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
         dim = (
             self.dim if self.dim is not None else 1 if any(isinstance(m, convolution) for m in branch) else -1
@@ -292,7 +289,7 @@ class _Builder:
 
 
 def _width(module: nn.Module) -> int | None:
-    """How many features a module gives."""
+    """The number of features of a module's output, or None if unknown."""
     for name in ("out_features", "out_channels", "num_features", "embed_dim", "hidden_size", "nf"):
         value = getattr(module, name, None)
         if isinstance(value, int):

@@ -8,34 +8,35 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
 from skipscope._errors import SkipscopeError
-from skipscope._result import Result, Table, _draw
+from skipscope._result import Result, Table, call_drawer
 from skipscope._validation import did_you_mean, require_option
 
 Kind = Literal["identity", "scaled", "projection", "gated", "concat"]
-KINDS = get_args(Kind)
+# Ordered by how much the shortcut changes its input, the identity first.
+KINDS: tuple[Kind, ...] = get_args(Kind)
 OperandSide = Literal["branch", "shortcut", "both"]
 BoundaryKind = Literal["input", "merge", "module"]
 
 
 @dataclass(frozen=True)
 class CallKey:
-    """The place of one call in a forward pass, the same in every run and process.
+    """Identifier of one call in a forward pass, the same in every run and process.
 
     In eager code host, site and ``nth`` identify a call. Compiled code has no frames: there host, ``call``
     and ``index`` do, checked by ``among``.
 
     Attributes:
         host: path of the module whose forward makes the call ("" is the model itself).
-        site: function, line, instruction and operation.
-        nth: how many times this host was at this site before in the same forward pass.
-        index: how many calls of the same operation this host's forward had seen before, its children's
-            included.
-        call: how many times this host's forward had run before.
-        total: how many times this host is at this site in the whole pass.
-        among: how many calls of the same operation this host's forward sees in this call of it.
-        runs: how many times this host's forward runs in the whole pass.
-        compiled: what ``torch.compile`` made and stands around the call: a ``"function"`` that the host's
-            forward calls, or the ``"host"`` itself or something around it.
+        site: function, line, columns and operation.
+        nth: number of earlier calls of this host at this site in the same forward pass.
+        index: number of earlier calls of the same operation in this run of the host's forward, including
+            those of its children.
+        call: number of earlier runs of this host's forward.
+        total: number of calls of this host at this site in the whole pass.
+        among: number of calls of the same operation in this run of the host's forward.
+        runs: number of runs of this host's forward in the whole pass.
+        compiled: the compiled code around the call: a ``"function"`` that the host's forward calls, or the
+            ``"host"`` (the host itself or a module around it). Empty for eager code.
     """
 
     host: str
@@ -59,14 +60,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Boundary:
-    """A point where the flow is read.
+    """A point of the forward pass where the gradient flow is read.
 
     Attributes:
         name: the shortcut's or module's name, or ``"input"``.
         depth: 0, 1, 2, ... in order of execution.
         kind: ``"input"``, ``"merge"`` or ``"module"``.
         key: identifies the point, for skipscope's own use.
-        summed: it is not what the call stacks, but the sum over that.
+        summed: whether the activation is the sum over the stack that the call returns, not the stack.
 
     Example:
         >>> import torch, skipscope as ss
@@ -86,12 +87,12 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with weights of its own, in order of execution.
+    """A module with weights of its own.
 
     Attributes:
         name: its path.
         type: its class.
-        weights: how many numbers its own parameters hold.
+        weights: number of elements of its own parameters.
     """
 
     name: str
@@ -104,7 +105,7 @@ class Shortcut:
     """One merge that at least one operand reaches by skipping a branch with weights.
 
     Attributes:
-        name: of the branch's module, made unique; the same from run to run.
+        name: name of the branch's module, made unique; the same from run to run.
         kind: ``identity``, ``scaled``, ``projection``, ``gated`` or ``concat``.
         fork: where the two sides part: the producing module's path, or ``"input"``.
         merge: where they join: path of the module that merges, and the operation.
@@ -112,13 +113,13 @@ class Shortcut:
         shortcut: modules with weights on the shortcut side.
         source: ``file.py:line`` of the merge.
         span: positions in ``Shortcuts.layers`` of the first and last layer of the branch.
-        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge, or ``"both"``: t (H - x) in x + t
-            (H - x).
+        sides: for each operand of the merge ``"branch"``, ``"shortcut"``, or ``"both"``, as t (H - x) in
+            x + t (H - x).
         key: the merge's call, for skipscope's own use.
         shortcut_at: operands that carry the shortcut, for editing.
         branch_at: operands that carry the branch, for editing.
         blocked: why this shortcut cannot be edited, or None.
-        summed: the merge stacks, and is complete where what it stacks has been summed.
+        summed: whether the merge is a stack, complete only where the stack has been summed.
 
     Example:
         >>> import torch, skipscope as ss
@@ -167,16 +168,16 @@ class Shortcuts(Result, Sequence):
     Attributes:
         entries: the shortcuts.
         rejected: every other merge, with its reason.
-        boundaries: where the flow is read (definitions: input, merges, modules outside every branch).
+        boundaries: points where the gradient flow is read: input, merges, modules outside every branch.
         layers: the modules with weights, in order of execution, for drawing.
         opaque: calls that may hold shortcuts inside (fused kernels, custom autograd functions), and where.
         model: class name of the model.
-        not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen),
-            by path.
-        passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by
-            the rule, and editable like them.
-        writes_inputs: the model writes into tensors that it is called with.
-        weights_used: modules that did not run, but whose weights were used, by path.
+        not_run: paths of modules with weights that this pass did not call (LayerDrop, an expert that was not
+            chosen).
+        passed: concatenations of a decoder whose skip passes a block with weights of its own. By definition
+            they are not shortcuts, but they can be edited like shortcuts.
+        writes_inputs: whether the model writes into its input tensors.
+        weights_used: paths of modules that did not run although their weights were used.
 
     Example:
         >>> import torch, skipscope as ss
@@ -213,7 +214,7 @@ class Shortcuts(Result, Sequence):
 
         Args:
             name: a pattern such as ``"layer1.*"``.
-            kind: a kind or several; None for all.
+            kind: one kind or several; None for all.
 
         Raises:
             SkipscopeError: an unknown kind, or a pattern that no name matches.
@@ -236,11 +237,11 @@ class Shortcuts(Result, Sequence):
         return replace(self, entries=tuple(s for s in named if s.kind in kinds))
 
     def draw(self, form: Literal["text", "svg", "html"] = "text", **options: Any) -> str:
-        """The network as a line of layers with its shortcuts as arcs."""
-        return _draw("draw", self, form=form, **options)
+        """Draw the network as a line of layers with its shortcuts as arcs."""
+        return call_drawer("draw", self, form=form, **options)
 
     def table(self) -> Table:
-        """One row a shortcut."""
+        """A table with one row for each shortcut."""
         rows = [[s.name, s.kind, s.fork, s.merge, s.source] for s in self.entries]
         notes = (
             [f"{len(self.rejected)} other merges are no shortcuts: see .rejected"] if self.rejected else []

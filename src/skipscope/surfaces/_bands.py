@@ -1,6 +1,4 @@
-"""The same surfaces along several seeds' directions: what belongs to the network and what to the
-direction.
-"""
+"""Surfaces along several seeds' directions, to separate the network from the random direction."""
 
 from __future__ import annotations
 
@@ -26,21 +24,21 @@ _SCORES = ("convexity_share", "roughness", "barrier", "width")
 
 
 def read_seed(seed: Any) -> int | list[int]:
-    """One seed, or several, from whatever numbers they were given as.
+    """Convert ``seed=`` to an int or a list of ints.
 
     Raises:
-        SkipscopeError: no numbers, none at all, or one of them twice.
+        SkipscopeError: a seed is not an integer or occurs twice, or there is none.
     """
     try:
         if not isinstance(seed, Iterable):
             return operator.index(seed)
-        seeds = [operator.index(one) for one in seed]
+        seeds = [operator.index(number) for number in seed]
     except TypeError:
         seeds = []
     if not seeds or len(set(seeds)) < len(seeds):
         raise SkipscopeError(
             "landscape",
-            "these are no seeds",
+            "these are not seeds",
             expected="a whole number, or several that differ: [0, 1, 2]",
             got=repr(seed),
         )
@@ -50,9 +48,7 @@ def read_seed(seed: Any) -> int | list[int]:
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """One run a seed, each with a folder of its own in the store; all see the same data, drawn by the first
-    seed.
-    """
+    """Compute surfaces for each seed, each in its own folder of the store, on the first seed's data."""
     for model in models.values():
         require_module(model, "landscape")
     # Read once: a loader that shuffles or augments would give each seed other data.
@@ -67,7 +63,7 @@ def by_seed(
 
 
 def surface_band(pairs: dict[str, PairedSurfaces], name: str) -> SurfaceBand:
-    """One network over its seeds."""
+    """Summarise one network's surfaces over seeds."""
     found = {seed: pair.surfaces[name] for seed, pair in pairs.items()}
     stack = np.stack([surface.values for surface in found.values()])
     some = next(iter(found.values()))
@@ -83,7 +79,7 @@ def surface_band(pairs: dict[str, PairedSurfaces], name: str) -> SurfaceBand:
 
 
 def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
-    """Twins over their seeds."""
+    """Summarise the twins' surfaces over seeds, and how far the seeds agree."""
     first, *others = next(iter(pairs.values())).surfaces
     by_twin = {name: [pair.scores[name] for pair in pairs.values()] for name in (first, *others)}
     agreement = {
@@ -94,9 +90,7 @@ def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
 
 
 def _share_higher(scores: list[Scores], others: list[Scores], name: str) -> float:
-    """On which share of the seeds where both have this score it is higher than the other's; nan without
-    any.
-    """
+    """Share of seeds on which a score is higher than the other network's; nan if no seed has both scores."""
     pairs = np.array([[getattr(a, name), getattr(b, name)] for a, b in zip(scores, others)])
     pairs = pairs[np.isfinite(pairs).all(1)]
     return float(np.mean(pairs[:, 0] > pairs[:, 1])) if len(pairs) else float("nan")

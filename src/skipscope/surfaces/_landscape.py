@@ -1,4 +1,4 @@
-"""The public calls: one surface, or several side by side on the same plane."""
+"""Public calls for one loss surface, or for twins' surfaces on the same plane."""
 
 from __future__ import annotations
 
@@ -38,67 +38,67 @@ def landscape(
 ) -> Surface | SurfaceBand:
     """The loss on a plane w + a d1 + b d2 around the model's weights (Li et al., arXiv 1712.09913).
 
-    Local: no other process is waited for. The model is only read: a copy moves.
+    Local: does not wait for other processes. The model is only read: a copy moves.
 
     Collective under FSDP2 (``fully_shard``): the ranks evaluate each point together, by the plain loop. Each
-    moves its own shards in place, and puts them back at the end, also after an error; only rank 0 prints and
-    writes the store. The numbers are those of the whole model to rounding. ``strategy`` and ``engine`` change
-    nothing there; ``strength``, a plane in ``directions``, and "ray" are refused.
+    rank moves its own shards in place and restores them at the end, also after an error; only rank 0 prints
+    and writes the store. The values equal those of the whole model to rounding. ``strategy`` and ``engine``
+    have no effect; ``strength``, a plane in ``directions``, and "ray" are refused.
 
     Args:
         model: evaluated in evaluation mode.
         data: one batch or re-iterable batches; read once and kept, so that every point sees the same samples.
-            Under FSDP2 the batches of all ranks together; the same ones on every rank, in the same order,
+            Under FSDP2 the batches of all ranks together; identical batches on every rank, in the same order,
             count once.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
-        seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the
-            surface along each one's directions.
-        **options: by keyword, as follows.
+        loss: ``loss(output, target)``; left out if the output carries ``.loss``; or ``@ss.objective``.
+        seed: random seed of the directions, and of the subset if ``samples`` is given. Several seeds give a
+            band: a surface along each seed's directions.
+        **options: keyword options, as follows.
 
     Options:
-        grid: points an axis, or one number an axis; ``(51,)`` is a line.
-        span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high)
-            an axis.
-        store: a folder to keep finished points in. A second call with the same weights, data and settings
-            resumes, also after ``kill -9``, and ends with the same bits; one with others is refused.
-        directions: your own instead: one or two dicts from parameter names to tensors, taken as they are; or
-            a plane from :func:`solutions_plane` or :func:`trajectory_plane`, whose points and their own
-            losses come along.
+        grid: points per axis, as one number or one per axis; ``(51,)`` is a line.
+        span: half width in units of the direction (|d_f| = |w_f| by default); or one per axis; or (low, high)
+            per axis.
+        store: folder to keep finished points in. A second call with the same weights, data and settings
+            resumes, also after ``kill -9``, and gives the same result bit for bit; a call with others is
+            refused.
+        directions: your own directions: one or two dicts from parameter names to tensors, used as they are;
+            or a plane from :func:`solutions_plane` or :func:`trajectory_plane`, whose points are marked with
+            their own losses.
         strength: the shortcuts (``ss.find_shortcuts(...)``) whose strength is the first axis, from 0
             (removed) to 1 (as built); the other axis, if any, is a direction.
         normalize: "filter", "layer", "tensor" or "none".
-        zero: what does not move: any of "biases", "norms", "embeddings".
-        parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of what moves; default:
-            all.
+        zero: kinds of parameters that do not move: any of "biases", "norms", "embeddings".
+        parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of the parameters that
+            move; default: all.
         orthogonal: make the second direction orthogonal to the first, filter by filter.
         batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured again at each point) or
-            "batch" (each batch's own statistics); of instance norms that keep running statistics too.
-        samples: use a random subset of the data of this size; ``stderr`` says what that costs.
-        metrics: name -> ``f(output, target) -> number``, read in the same pass.
-        l2: a regulariser to count in: l2/2 |w|^2 over all parameters.
-        tolerance: compute coarsely first and refine where interpolation is off by more than this share of the
-            surface's range (and by more than the standard error); ``computed`` says which points the model
-            was run for. None computes every point. With a store, ``ss.load`` gives the surface as it is after
-            each level, also during the run or when it was stopped.
-        strategy: "auto" times strategies on the first points; "plain" is the reference, whose numbers
-            are the same on every run; or a name from an earlier result's provenance. On Linux one strategy
-            is a point a core: copies of this process, as many as torch has threads, made by fork as a
-            DataLoader's workers are.
-        precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a
-            GPU's arithmetic for float32.
-        engine: "local"; "torchrun": each rank takes its share of the units of work and they meet in the
-            store; "ray": a Ray cluster does; "auto": torchrun's ranks when there are some and a store, else
-            local.
-        weight: what a batch counts for in the mean over batches.
+            "batch" (each batch's own statistics); also applies to instance norms with running statistics.
+        samples: use a random subset of the data of this size; ``stderr`` shows the added error.
+        metrics: name -> ``f(output, target) -> number``, computed in the same pass.
+        l2: weight of a regulariser to add: l2/2 |w|^2 over all parameters.
+        tolerance: compute a coarse grid first and refine where interpolation is off by more than this share
+            of the surface's range (and by more than the standard error); ``computed`` marks the points that
+            the model was run for. None computes every point. With a store, ``ss.load`` gives the surface
+            after each level, also during the run or after it was stopped.
+        strategy: "auto" times strategies on the first points; "plain" is the reference, whose values are the
+            same on every run; or a name from an earlier result's provenance. On Linux one strategy evaluates
+            a point per core, in forked copies of this process, like a DataLoader's workers.
+        precision: None keeps the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose
+            a GPU's arithmetic for float32.
+        engine: "local"; "torchrun": each rank computes its share of the units of work and shares it through
+            the store; "ray": a Ray cluster computes them; "auto": torchrun if there are several ranks and a
+            store, else local.
+        weight: weight of a batch in the mean over batches.
         sample_loss: ``f(output, target) -> [samples]``, for standard errors of a loss that torch does not
-            know.
+            define.
 
     Returns:
         The :class:`Surface`; ``values[a, b]`` is the loss at ``alphas[a]``, ``betas[b]``. For several seeds a
         :class:`SurfaceBand`.
 
     Raises:
-        SkipscopeError: model, data, loss or settings that cannot be used, each with its cure.
+        SkipscopeError: model, data, loss or settings cannot be used.
 
     Example:
         >>> import torch
@@ -110,7 +110,8 @@ def landscape(
         ((5, 5), True)
     """
     settings = Settings.of("landscape", OneModelOptions, read_seed(seed), options)
-    model = unwrapped(model)  # a parameter's draw depends on its name, and a wrapper changes it
+    # The random draw of a parameter depends on its name, which a wrapper changes.
+    model = unwrapped(model)
     name = class_name(model)
     if isinstance(settings.seed, list):
         return surface_band(by_seed({name: model}, data, loss, settings), name)
@@ -140,25 +141,24 @@ def paired_landscapes(
 ) -> PairedSurfaces | PairedBand:
     """Surfaces of twins that can be compared: same data, same seed, same plane.
 
-    Twins that share the first one's weights (removed, detached, another strength) get identical direction
-    tensors, and their pointwise difference to it with a 95 % interval from the paired per-sample losses.
-    Twins that were trained separately get the same Gaussian draw for the parameters that match by name and
-    shape, each normalised to its own filters: they have no pointwise difference, only scores side by side.
-    Local, or shared between torchrun's ranks, which meet in the store; under FSDP2 collective, as
-    :func:`landscape`.
+    Twins that share the first twin's weights (removed, detached, another strength) get identical direction
+    tensors, and a pointwise difference with a 95 % interval from the paired per-sample losses. Twins trained
+    separately get the same Gaussian draw for the parameters that match by name and shape, each normalised to
+    its own filters: they have no pointwise difference, only scores side by side. Local, or shared between
+    torchrun's ranks through the store; under FSDP2 collective, as :func:`landscape`.
 
     Args:
-        models: name -> model; the first is the one that others are compared with.
+        models: name -> model; the others are compared with the first.
         data: as in :func:`landscape`; every twin sees the same samples.
         loss: as in :func:`landscape`.
         seed: as in :func:`landscape`.
-        **options: those of :func:`landscape` but ``strength``. ``directions`` is for twins that share
-            weights; ``tolerance`` holds for every twin; ``strategy`` is one for all. ``batch_norm``: a twin
-            that computes something else with the first one's running statistics (a removed one) has them
-            measured again once, unless this is "as found".
+        **options: those of :func:`landscape` except ``strength``. ``directions`` requires twins that share
+            weights; ``tolerance`` holds for every twin; all twins use one ``strategy``. ``batch_norm``: if a
+            twin has the first twin's running statistics but computes something else (shortcuts removed),
+            they are measured again once; "as found" prevents that.
 
     Returns:
-        :class:`PairedSurfaces`; for several seeds a :class:`PairedBand`, which says how far the seeds agree.
+        :class:`PairedSurfaces`; for several seeds a :class:`PairedBand`, which also says how far they agree.
 
     Raises:
         SkipscopeError: as :func:`landscape`; or there is no model.
@@ -175,9 +175,11 @@ def paired_landscapes(
     """
     if not isinstance(models, Mapping) or not models:
         raise SkipscopeError(
-            "paired_landscapes", "no twins were given", expected='{"with": model, "without": plain}',
+            "paired_landscapes",
+            "no twins were given",
+            expected='{"with": model, "without": plain}',
             got=f"{type(models).__name__}",
-        )  # fmt: skip
+        )
     settings = Settings.of("paired_landscapes", Options, read_seed(seed), options)
     models = {name: unwrapped(model) for name, model in models.items()}
     if isinstance(settings.seed, list):

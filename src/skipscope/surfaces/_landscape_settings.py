@@ -1,4 +1,4 @@
-"""What decides the numbers of a surface besides model, data and loss."""
+"""Settings of a surface: everything but model, data and loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _are_directions(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) in {1, 2} and all(isinstance(d, Mapping) for d in value)
 
 
-# What an option other than None must be; what needs the model to be judged is judged where it is used.
+# Checks of options that are not None. Checks that need the model are made where the option is used.
 _EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "directions": (_are_directions, "one or two dicts from parameter names to tensors, or a plane"),
     "strength": (
@@ -55,9 +55,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 class Options(TypedDict, total=False):
-    """The options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type
-    checkers.
-    """
+    """Options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type checkers."""
 
     grid: int | Sequence[int]
     span: Any
@@ -87,7 +85,7 @@ class OneModelOptions(Options, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The options by the names and meanings they have in :func:`skipscope.landscape`, with their defaults."""
+    """Options of :func:`skipscope.landscape` with their defaults."""
 
     grid: int | Sequence[int] = 51
     span: Any = 1.0
@@ -112,11 +110,11 @@ class Settings:
 
     @classmethod
     def of(cls, call: str, allowed: type[Options], seed: Any, options: Mapping[str, Any]) -> Settings:
-        """The settings of a call.
+        """Build the settings from a call's options.
 
         Raises:
-            TypeError: an option that ``allowed`` does not have, as Python's own, with the nearest one's name.
-            SkipscopeError: an option that cannot be used.
+            TypeError: ``allowed`` has no such option; the message suggests the closest name.
+            SkipscopeError: an option cannot be used.
         """
         for name in options:
             if name not in allowed.__annotations__:
@@ -126,7 +124,8 @@ class Settings:
         return cls(seed=seed, **options)
 
     def __post_init__(self):
-        for name in ("strength", "parameters"):  # these are read more than once
+        # These are read more than once, so an iterator must become a list.
+        for name in ("strength", "parameters"):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, name, list(value))
@@ -138,31 +137,31 @@ class Settings:
                 )
         if self.parameters is not None and self.directions is not None:
             raise SkipscopeError(
-                "landscape", "parameters= chooses what a random direction moves, and directions were given",
-                expected="one of the two", cure="leave the other parameters out of the directions",
-            )  # fmt: skip
+                "landscape",
+                "parameters= chooses what a random direction moves, and directions were given",
+                expected="one of the two",
+                cure="leave the other parameters out of the directions",
+            )
 
     @property
     def own_directions(self) -> Sequence[Any] | None:
-        """The directions that were given, out of a plane or as they are."""
+        """The user's directions, taken from a plane or as given; None for random ones."""
         return self.directions.directions if isinstance(self.directions, Plane) else self.directions
 
     @property
     def axis_count(self) -> int | None:
-        """How many axes directions and strength make; None when the grid must say it."""
+        """Number of axes from directions and strength; None if the grid determines it."""
         own = self.own_directions
         return None if own is None else len(own) + (self.strength is not None)
 
     @property
     def zeroed(self) -> tuple[Zeroable, ...]:
-        """What does not move, as a tuple."""
+        """Kinds of parameters that do not move, as a tuple."""
         return (self.zero,) if isinstance(self.zero, str) else tuple(self.zero)
 
 
 def with_signature(allowed: type[Options]) -> Callable[[Any], Any]:
-    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows: each option by
-    name.
-    """
+    """Give a call with ``seed`` and ``**options`` a signature that lists each option, for ``help()``."""
 
     def decorate(function: Any) -> Any:
         own = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""The straight line from models, data and a loss to surfaces."""
+"""Computation of surfaces from models, data and a loss."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ from skipscope.surfaces.planes._plane import Plane
 from skipscope.surfaces.results._surface_assembly import Facts, Interpolated, Run, finish
 from skipscope.surfaces.results._surface_result import PairedSurfaces
 
-_UNIT_S = 2.0  # a unit of work in a store takes about this long: what a killed process loses at most
+# About how long a unit of work in a store takes, which is what a killed process can lose.
+_UNIT_S = 2.0
 
 
 def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings) -> PairedSurfaces:
-    """Every twin's surface on the plane that ``settings`` describe.
+    """Compute every twin's surface on the plane that ``settings`` describe.
 
     Raises:
-        SkipscopeError: model, data, loss or settings that cannot be used.
+        SkipscopeError: model, data, loss or settings cannot be used.
     """
     for model in models.values():
         require_module(model, "landscape")
@@ -59,10 +60,10 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
 def ranks_together(
     models: Mapping[str, nn.Module], settings: Settings
 ) -> AbstractContextManager[RankGroup | None]:
-    """The ranks that evaluate each point together, where one of the models is sharded; else None.
+    """Context of the ranks that evaluate each point together; yields None if no model is sharded.
 
     Raises:
-        SkipscopeError: for a sharded model, an engine or directions that it cannot be evaluated with.
+        SkipscopeError: a model is sharded, and the engine or the directions do not support that.
     """
     if any(map(units, models.values())):
         _refuse_whole(settings)
@@ -73,14 +74,18 @@ def ranks_together(
 def _refuse_whole(settings: Settings) -> None:
     if settings.engine == "ray":
         raise SkipscopeError(
-            "landscape", "a sharded model runs on the ranks that hold it, not on Ray",
-            expected="local or torchrun", got=settings.engine, cure="leave engine= out",
-        )  # fmt: skip
+            "landscape",
+            "a sharded model runs on the ranks that hold it, not on Ray",
+            expected="local or torchrun",
+            got=settings.engine,
+            cure="leave engine= out",
+        )
     if isinstance(settings.directions, Plane):
         raise SkipscopeError(
-            "landscape", "a plane's known points are whole weights, and a sharded model is never whole",
+            "landscape",
+            "a plane's known points are whole weights, and a sharded model is never whole",
             cure="directions=plane.directions; the known points are then not marked",
-        )  # fmt: skip
+        )
 
 
 def _surfaces(
@@ -132,7 +137,7 @@ def _prepare(
     loss: Objective,
     group: RankGroup | None,
 ) -> tuple[Store | RankStore | None, dict[str, Choice]]:
-    """Open the store, if any, and choose the strategy: the store's own when it has one."""
+    """Open the store, if any, and choose the strategy; an existing store determines it."""
     count = int(np.prod(work.shape))
     folder = settings.store
     if folder is None:
@@ -150,7 +155,8 @@ def _prepare(
     choices = choose_for_all(twins, work, count, settings.strategy)
     name = choices[twins[0].name].name
     store = Store.create(folder, replace(plan, unit=_unit(work, choices, settings), strategy=name))
-    if store.plan.strategy != name:  # another process made the store first
+    # Another process may have created the store first, with another strategy.
+    if store.plan.strategy != name:
         choices = choose_for_all(twins, work, count, store.plan.strategy)
     return store, choices
 
@@ -161,14 +167,14 @@ def _expected(choices: dict[str, Choice], points: int) -> str:
 
 
 def _at_once(twins: list[TwinOnPlane]) -> int:
-    """Points whose per-sample losses are held together: up to 64 or four a core, up to 64 MiB."""
+    """Number of points to evaluate at once: up to 64 or four per core, and 64 MiB of per-sample losses."""
     at_point = twins[0].evaluator.plain.at_point
     most = max(64, 4 * torch.get_num_threads())
     return min(at_point.data.together(int(np.clip(2**23 // max(sum(at_point.sizes), 1), 1, most))))
 
 
 def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
-    """Points a unit in a store; an adaptive run asks for single ones."""
+    """Points per unit in a store; an adaptive run requests single points."""
     return 1 if settings.tolerance is not None else min(work.shape[-1], _unit_points(work, choices))
 
 
@@ -211,10 +217,10 @@ def _fill(
     tolerance: float | None,
     keep: Callable[[Interpolated], object] | None,
 ) -> Interpolated | None:
-    """Compute the sheet; where it is kept, the surface after each level is too.
+    """Compute the values; ``keep``, if given, is called with the interpolation after each level.
 
     Returns:
-        What was interpolated; None when all was computed.
+        The interpolation, or None if every point was computed.
     """
     everything = np.arange(sheet.done.size)
     if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
@@ -234,10 +240,9 @@ def _fill(
 
 
 def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
-    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit
-    for bit.
-    """
-    sheet = copy.deepcopy(sheet)  # further refinement starts from what was computed
+    """Set the origin, if it is a grid point, to the plain loop's value: the model's own loss, bit for bit."""
+    # Later levels must refine from the computed values.
+    sheet = copy.deepcopy(sheet)
     for twin in twins:
         places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
         if all(len(p) for p in places):
@@ -246,25 +251,26 @@ def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, .
 
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
-    """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
+    """Measure without the evaluator: the model's own loss, whether it has learnt, known points' losses."""
     recalibrated = settings.batch_norm == "recalibrate"
     plane = settings.directions if isinstance(settings.directions, Plane) else None
     with _as_measured(twin, settings) as model:
         if twin.evaluator.plain.draws:
-            seed_generators(0)  # the same draws as at every point
+            # The same draws as at every point.
+            seed_generators(0)
         if twin.evaluator.plain.recalibrates:
             average_statistics(model, data, loss.run)
         own, learnt = own_loss(model, data, loss)
         some = next((p.dtype for p in model.parameters()), torch.float32)
         refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
-        # A twin whose statistics did not fit it has none that fit at a checkpoint either.
+        # If the twin's statistics were stale, they would not fit at a checkpoint either.
         known = _losses_at(model, plane, data, loss, recalibrated or twin.fresh is not None) if plane else []
     return Facts(own, learnt, known)
 
 
 @contextmanager
 def _as_measured(twin: TwinOnPlane, settings: Settings) -> Iterator[nn.Module]:
-    """The model in the batch-norm mode of the surface: a copy where that changes it, if it can be copied."""
+    """The model in the surface's batch-norm mode; a copy if the mode changes it, unless it is sharded."""
     if units(twin.model):
         with twin.evaluator.plain.moving.at_work():
             yield twin.model
@@ -279,9 +285,7 @@ def _as_measured(twin: TwinOnPlane, settings: Settings) -> Iterator[nn.Module]:
 def _losses_at(
     model: nn.Module, plane: Plane, data: Batches, loss: Objective, recalibrated: bool
 ) -> list[float]:
-    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the
-    surface.
-    """
+    """Loss of each known point, with its own buffers, if any, and the surface's batch-norm mode."""
     copy, losses = private_copy(model, "landscape"), []
     own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
     for weights in plane.weights:

@@ -433,3 +433,28 @@ class Pooling(nn.Module):
 
 
 case(images(), "efficientformer_pooling", identity=2)(lambda: seq(conv(3, 4), Pooling(), Pooling()))
+
+
+class NormalizedGPT(nn.Module):
+    """2410.01131, as its authors' code has it: x is put on the sphere once more where it is blended."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.inp, self.parts = norm, nn.Linear(8, 8), nn.ModuleList([Attention(), mlp()])
+        self.alphas = nn.ParameterList([torch.full((8,), 0.05) for _ in self.parts])
+
+    def forward(self, x):
+        x = self.norm(self.inp(x))
+        for part, alpha in zip(self.parts, self.alphas):
+            h, side = self.norm(part(x)), self.norm(x)
+            x = self.norm(side + alpha.abs() * (h - side))
+        return x
+
+
+NORMS = {
+    "by_hand": lambda x: x / x.norm(p=2, dim=-1, keepdim=True),
+    "by_function": lambda x: F.normalize(x, dim=-1),
+    "by_rms": lambda x: F.rms_norm(x, (8,)),
+}
+for form, norm in NORMS.items():
+    case(sequences(), f"ngpt_{form}", scaled=2)(lambda norm=norm: NormalizedGPT(norm))

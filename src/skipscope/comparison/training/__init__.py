@@ -1,4 +1,4 @@
-"""Twins trained side by side on the same batches, the trainings shared over processes."""
+"""Training of twins side by side on the same batches, spread over processes."""
 
 from skipscope.comparison.training._optimizers import RATES as RATES
 from skipscope.comparison.training._processes import workers as workers

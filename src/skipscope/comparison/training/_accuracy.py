@@ -1,9 +1,9 @@
-"""The share of targets that a network names rightly, where the targets are classes; None where they are not.
+"""Classification accuracy, with scores and targets read from the cross-entropy call of the loss.
 
-Classes are what a cross-entropy says they are. The loss is run once and listened to: where it calls torch's
-cross-entropy (or negative log-likelihood) once, on whole numbers that come from the batch, its scores and its
-targets are those of the accuracy. So a loss of one's own, a model that computes its loss and labels that are
-shifted by one are read alike; a contrastive loss, whose targets it makes itself, has no accuracy.
+The loss is run once under a recorder. If it calls torch's cross-entropy (or negative log-likelihood) exactly
+once, with integer targets from the batch, the accuracy uses the scores and targets of that call. This covers
+custom losses, models that compute their own loss, and shifted labels. A contrastive loss, which makes its own
+targets, has no accuracy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIGNATURES = {loss: inspect.signature(loss) for loss in (F.cross_entropy, F.nll
 
 
 def accuracy(model: nn.Module, objective: Objective, batches: Iterable[Any]) -> float | None:
-    """The share over all batches, in evaluation mode; None where the targets are no classes."""
+    """Accuracy over all batches, in evaluation mode; None if the targets are not classes."""
     right = counted = 0
     with untouched(model, training=False, seed=0, operation="train_twins"):
         for batch in batches:
@@ -40,40 +40,41 @@ def _right_and_counted(model: nn.Module, objective: Objective, batch: Any) -> tu
     listener = _ClassLosses(batch)
     with listener:
         objective(model, batch)
-    if len(listener.heard) != 1 or listener.heard[0] is None:
+    if len(listener.recordings) != 1 or listener.recordings[0] is None:
         return None
-    scores, targets, ignored = listener.heard[0]
+    scores, targets, ignored = listener.recordings[0]
     counts = targets != ignored
     named = scores.argmax(1 if scores.ndim > 1 else 0)
     return int(((named == targets) & counts).sum()), int(counts.sum())
 
 
-def _is_whole(tensor: Any) -> bool:
+def _is_integer_tensor(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 class _ClassLosses(TorchFunctionMode):
-    """Hears each cross-entropy: scores, targets and the target that is ignored; None for one without classes
-    of the batch.
+    """Recorder of the scores, targets and ``ignore_index`` of each cross-entropy call.
+
+    A call whose targets are not integers from the batch is recorded as None.
     """
 
     def __init__(self, batch: Any):
         super().__init__()
-        self.heard: list[tuple[Tensor, Tensor, int] | None] = []
-        self.of_batch: dict[int, Tensor] = {id(t): t for t in filter(_is_whole, tensors_in(batch))}
+        self.recordings: list[tuple[Tensor, Tensor, int] | None] = []
+        self.of_batch: dict[int, Tensor] = {id(t): t for t in filter(_is_integer_tensor, tensors_in(batch))}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _SIGNATURES:
-            self.heard.append(self._classes(func, args, kwargs))
+            self.recordings.append(self._classes(func, args, kwargs))
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if not name.startswith("new_") and not name.endswith("_like") and self._takes_some(args, kwargs):
+        if not name.startswith("new_") and not name.endswith("_like") and self._reads_batch(args, kwargs):
             written = [args[0]] if name == "__setitem__" else tensors_in(result)
-            self.of_batch |= {id(t): t for t in written if _is_whole(t)}
+            self.of_batch |= {id(t): t for t in written if _is_integer_tensor(t)}
         return result
 
-    def _takes_some(self, args: Any, kwargs: Any) -> bool:
+    def _reads_batch(self, args: Any, kwargs: Any) -> bool:
         return any(id(tensor) in self.of_batch for tensor in tensors_in([*args, *kwargs.values()]))
 
     def _classes(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int] | None:

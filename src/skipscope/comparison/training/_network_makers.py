@@ -1,4 +1,4 @@
-"""How the networks that are trained are made: by a factory, or as copies of a module that is there."""
+"""Makers of the networks to train: from a factory, or as copies of a module."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from skipscope.shortcuts import refuse_shared
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes a network; called with a seed, it leaves the global random states as they are.
+    """Maker of a network from a seed; the global random states are restored.
 
     Attributes:
-        build: makes the network from the random numbers that come next.
+        build: function that makes the network with the current random states.
     """
 
     build: Callable[[], nn.Module]
@@ -30,7 +30,7 @@ class Maker:
 
 
 def maker_of(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str, None]) -> Maker:
-    """Make the network of one seed, ready for training; remarks become notes."""
+    """Check a twin and wrap it in a Maker of networks in training mode; remarks become notes."""
     if isinstance(twin, nn.Module):
         refuse_shared(twin, "train_twins", name)
         if any(map(accumulation_hooks, twin.parameters())):
@@ -47,10 +47,13 @@ def maker_of(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[s
 
     if not callable(twin):
         raise SkipscopeError(
-            "train_twins", "a twin is neither a module nor a function that makes one", layer=name,
-            expected='{"with": make_a, "without": make_b}', got=type(twin).__name__,
+            "train_twins",
+            "a twin is neither a module nor a function that makes one",
+            layer=name,
+            expected='{"with": make_a, "without": make_b}',
+            got=type(twin).__name__,
             cure="pass the module, or a function without arguments that returns a fresh one",
-        )  # fmt: skip
+        )
 
     def build() -> nn.Module:
         model = twin()
@@ -62,7 +65,7 @@ def maker_of(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[s
 
 
 def _copy_with_hooks(model: nn.Module) -> nn.Module:
-    """A copy whose parameters have the same gradient hooks, which ``deepcopy`` drops."""
+    """Copy a model with the gradient hooks of its parameters, which ``deepcopy`` drops."""
     copied = private_copy(model, "train_twins")
     for parameter, own in zip(model.parameters(), copied.parameters(), strict=True):
         if not gradient_hooks(own):
@@ -72,9 +75,7 @@ def _copy_with_hooks(model: nn.Module) -> nn.Module:
 
 
 def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
-    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation
-    mode.
-    """
+    """Put a model into training mode if every module is in evaluation mode; mixed modes are kept."""
     modes = {module.training for module in model.modules()}
     if modes == {False}:
         notes.setdefault(f"{name} was in evaluation mode, and was trained in training mode")

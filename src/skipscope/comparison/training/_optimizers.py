@@ -1,4 +1,4 @@
-"""Which optimizer a run has: torch's own by name with rates to try, or whatever a factory makes."""
+"""Optimizers of a run: torch's own by name with rates to try, or the result of a factory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._validation import is_finite
 from skipscope.comparison.training._training_arguments import require_size
 
-# The rates that are tried, from the greatest to the smallest. AdamW is there for the asking.
+# Default learning rates to try, in descending order. AdamW is used only if it is named.
 RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}
 _KNOWN = {**RATES, "AdamW": (0.01, 0.003, 0.001, 0.0003)}
 MOMENTUM, DECAY = 0.9, 0.01
@@ -23,7 +23,7 @@ MOMENTUM, DECAY = 0.9, 0.01
 
 @dataclass(frozen=True)
 class Driver:
-    """An optimizer at work, and the scheduler that it came with."""
+    """An optimizer and its learning-rate scheduler, if it has one."""
 
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
@@ -40,10 +40,10 @@ class OptimizerChoice:
     """One optimizer to train with.
 
     Attributes:
-        name: for tables.
+        name: name in tables.
         rates: learning rates to try; empty: the factory sets its own.
-        factory: makes the optimizer from the parameters, and from a rate where ``rates`` has some; None:
-            torch's own of that name.
+        factory: function of the parameters, and of a rate if ``rates`` is not empty, that makes the
+            optimizer; None: torch's optimizer of that name.
     """
 
     name: str
@@ -51,7 +51,7 @@ class OptimizerChoice:
     factory: Callable[..., Any] | None = None
 
     def make(self, parameters: Sequence[Tensor], rate: float | None) -> Driver:
-        """The optimizer for these parameters.
+        """Make the optimizer of these parameters.
 
         Raises:
             SkipscopeError: the factory does not make an optimizer.
@@ -68,14 +68,17 @@ class OptimizerChoice:
         optimizer, scheduler = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SkipscopeError(
-                "train_twins", "the factory of an optimizer makes something else", layer=self.name,
-                expected="a torch.optim.Optimizer, or (optimizer, scheduler)", got=type(made).__name__,
+                "train_twins",
+                "the factory of an optimizer makes something else",
+                layer=self.name,
+                expected="a torch.optim.Optimizer, or (optimizer, scheduler)",
+                got=type(made).__name__,
                 cure="lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)",
-            )  # fmt: skip
+            )
         return Driver(optimizer, scheduler)
 
     def learning_rate(self, model: nn.Module) -> float:
-        """The rate that a factory sets by itself: the first group's."""
+        """Learning rate of the first parameter group, for a factory that sets its own."""
         driver = self.make([p for p in model.parameters() if p.requires_grad], None)
         group = driver.optimizer.param_groups[0]
         return float(group.get("initial_lr", group.get("lr", float("nan"))))
@@ -85,7 +88,7 @@ def choices(operation: str, optimizers: Any) -> dict[str, OptimizerChoice]:
     """Read the ``optimizers`` argument of ``train_twins``.
 
     Raises:
-        SkipscopeError: an unknown name, a rate that is no number, or nothing to train with.
+        SkipscopeError: an unknown name, a rate that is not a number, or no optimizer at all.
     """
     if optimizers is None:
         optimizers = RATES

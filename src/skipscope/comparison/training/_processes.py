@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side: one copy of this process, with one thread, for each core."""
+"""Pool of forked worker processes for independent tasks, each with one thread."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 Answering = Callable[[Sequence[Question]], Iterator[tuple[int, Answer]]]
 
-# Seconds without any answer: longer than one piece takes on a busy machine.
+# Seconds without any answer, longer than a task takes on a busy machine.
 _PATIENCE_S = 300.0
 
 
 def workers() -> int:
-    """How many pieces run at a time: the cores that this process may use, or 1 where it cannot fork."""
+    """Number of worker processes: the cores available to this process, or 1 if it cannot fork."""
     can_fork = CAN_FORK and not multiprocessing.current_process().daemon
     return len(os.sched_getaffinity(0)) if can_fork else 1
 
@@ -29,14 +29,16 @@ def workers() -> int:
 def side_by_side(
     compute: Callable[[Question], Answer], count: int, patience: float = _PATIENCE_S
 ) -> Iterator[Answering[Question, Answer]]:
-    """Lend what answers questions: number of a question and its answer, as they come.
+    """Yield a function that computes answers in worker processes, as (index of the question, answer) pairs.
+
+    Pairs come in order of completion.
 
     Args:
-        compute: question -> answer; both are pickled where there are several copies.
-        count: how many copies, each with one thread; below two the questions are answered here, one after
-            the other.
-        patience: seconds without any answer, twice, after which the copies are given up, and the questions
-            answered here.
+        compute: question -> answer; both are pickled if there are several workers.
+        count: number of workers, each with one thread; below two, questions are answered in this process,
+            one after the other.
+        patience: seconds without any answer. After two such periods the workers are abandoned and the
+            questions answered in this process.
     """
     if count < 2:
         yield lambda questions: ((i, compute(question)) for i, question in enumerate(questions))

@@ -1,9 +1,8 @@
-"""Whether one large batch may be cut into random batches of its rows: only where each row is a sample by
-itself.
+"""Test whether a large batch may be split into random mini-batches: only if its rows are independent samples.
 
-A graph, a sequence of time steps or a table with one row a node has rows that need each other: a part of them
-is another question, or none at all. So it is tried: the model's output on some rows is to be those rows of
-its output on more of them.
+The rows of a graph, of a sequence of time steps or of a table with a row per node depend on each other, and a
+subset of them is another problem. The test: the model's output on some rows must equal those rows of its
+output on more rows.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from skipscope._untouched import untouched
 
 
 def can_be_cut(model: nn.Module, data: Batches, objective: Objective, size: int) -> bool:
-    """Whether the one batch of ``data`` has more than ``size`` rows, each of them a sample by itself.
+    """Whether the single batch of ``data`` has more than ``size`` rows, each an independent sample.
 
-    Batches that the user named as such (``ss.batches``) and objects of one's own are never cut. A model that
-    draws noise in evaluation mode has no output to compare: there it is enough that it takes some rows.
+    Batches declared by ``ss.batches`` and custom batch objects are never cut. Outputs of a model that draws
+    noise in evaluation mode cannot be compared: it only has to accept a subset of the rows.
     """
     if not data.single or not data.cuttable:
         return False
@@ -33,7 +32,7 @@ def can_be_cut(model: nn.Module, data: Batches, objective: Objective, size: int)
         return False
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 2 * size]
     more = rows(batch, order)
-    # The last rows first: what a causal model says of its first ones is the same without the others.
+    # Reverse order, because a causal model's output on its first rows does not depend on later rows.
     some = torch.arange(len(order)).flip(0)[:size]
 
     def outputs(part: Any, seed: int) -> list[Tensor]:
@@ -49,12 +48,13 @@ def can_be_cut(model: nn.Module, data: Batches, objective: Objective, size: int)
         if all(_close(own, whole[some]) for own, whole in by_row):
             return True
         return not all(map(torch.equal, first, outputs(more, 1)))
-    except Exception:  # whatever the model makes of a part of its rows, it is trained on all of them
+    # A model may raise anything on a subset of its rows. It is then trained on the whole batch.
+    except Exception:
         return False
 
 
 def _is_plain(part: Any) -> bool:
-    """Nothing but tensors in tuples, lists and Mappings."""
+    """Whether a value consists of tensors, strings, numbers and None in tuples, lists and Mappings only."""
     if isinstance(part, Mapping):
         return all(map(_is_plain, part.values()))
     if isinstance(part, tuple | list):
@@ -63,14 +63,14 @@ def _is_plain(part: Any) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, as vectors."""
+    """Whether two outputs are equal up to rounding, by the norm of their difference."""
     if a.shape != b.shape or not a.dtype.is_floating_point:
         return a.shape == b.shape
     return float((a - b).norm()) <= torch.finfo(a.dtype).eps ** 0.5 * float(b.norm())
 
 
 def _outputs(model: nn.Module, objective: Objective, batch: Any) -> list[Tensor]:
-    """What the model gave at each call by the objective, where it has one or more entries a row."""
+    """Outputs of each call of the model by the objective whose first dimension is a multiple of the rows."""
     found: list[Tensor] = []
     count = batch_size(batch)
 

@@ -1,4 +1,4 @@
-"""Batches for training: the same batches in the same order for every twin of one seed."""
+"""Training batches, in the same order for every twin of a seed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from skipscope._data import Batches, Objective, batch_size, rows
 from skipscope._random import drawn_apart
 from skipscope.comparison.training._row_batches import can_be_cut
 
-# A data set of more batches than this is not held in memory: its own order is used, and re-started at its
-# end.
+# A data set with more batches is not held in memory. It is read in its own order, epoch after epoch.
 HELD = 512
 
 
 class Stream:
-    """Endless training batches drawn from ``data``.
+    """Infinite stream of training batches drawn from ``data``.
 
-    One large batch is cut into random batches of ``size`` where its rows are samples by themselves; several
-    batches are shuffled as they are.
+    A single large batch is cut into random batches of ``size`` if its rows are independent samples; several
+    batches are shuffled whole.
 
     Attributes:
-        size: samples in a batch.
-        samples: samples in all, None where the data is too long to be counted.
-        cut: whether one batch is cut.
+        size: samples per batch.
+        samples: total number of samples, or None if the data is too long to be counted.
+        cut: whether a single batch is cut.
     """
 
     def __init__(self, data: Batches, model: nn.Module, objective: Objective, size: int | None = None):
@@ -40,13 +39,13 @@ class Stream:
 
     @property
     def count(self) -> int | None:
-        """How many batches one pass over the data has; None where the data is too long to be counted."""
+        """Number of batches per epoch, or None if the data is too long to be counted."""
         if self.held is None:
             return None
         return max(1, batch_size(self.held[0]) // self.size) if self.cut else len(self.held)
 
     def batches(self, seed: int) -> Iterator[Any]:
-        """The batches of one seed; the global random state is neither read nor changed."""
+        """Iterate over the batches of a seed; the global random state is neither read nor changed."""
         generator = torch.Generator().manual_seed(seed)
         if self.held is None:
             epoch = 0

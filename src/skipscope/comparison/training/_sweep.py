@@ -1,8 +1,6 @@
-"""Which runs one twin under one optimizer has: every rate on a seed of its own, the best rate on the seeds
-that are reported.
+"""Runs of each twin under each optimizer: a learning-rate sweep on its own seed, then the reported seeds.
 
-All runs are independent of each other but for this order, and are trained side by side in copies of this
-process where that takes less time.
+Apart from this order the runs are independent. They are trained in worker processes if that is faster.
 """
 
 from __future__ import annotations
@@ -26,25 +24,25 @@ from skipscope.comparison.training._processes import Answering, side_by_side
 from skipscope.comparison.training._training_result import Curves, smoothed
 from skipscope.comparison.training._training_run import Course, Log, Run, train_each
 
-# A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
+# Most extensions of a sweep, each by two rates, while its best rate is its largest or smallest.
 EXTENSIONS = 3
 
-# The accuracy on the training data rests on a step's batch for every tenth step.
-_STEPS_A_BATCH = 10
+# The training accuracy is measured on one batch for every ten steps.
+_STEPS_PER_BATCH = 10
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
 class Trained:
-    """What is kept of a run.
+    """Record of a finished run.
 
     Attributes:
-        losses, update_ratio: each [steps]; no longer than they are exact: losses of float32 in its shortest
-            decimals, ratios in eight digits.
-        accuracy: share of training samples and of test samples named rightly; None where targets are no
-            classes, or nothing was asked.
-        network: the trained network, where it was asked for.
+        losses: training losses, [steps]; float32 losses as their shortest decimals.
+        update_ratio: |update| / |weights|, [steps], rounded to eight digits.
+        accuracy: accuracy on training and on test samples; None if targets are not classes or nothing was
+            measured.
+        network: the trained network if it is kept.
     """
 
     losses: np.ndarray
@@ -53,7 +51,7 @@ class Trained:
     network: nn.Module | None = None
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # As bytes: through a pipe each tensor would be an open file of its own.
+        # The network travels as bytes: multiprocessing would open a file for each tensor.
         return self.losses, self.update_ratio, self.accuracy, pickle.dumps(self.network)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -66,11 +64,11 @@ class Trainee:
     """One twin under one optimizer.
 
     Attributes:
-        name: the twin's.
-        make: makes its network.
-        choice: the optimizer.
-        course: what every run goes through.
-        test: data on which accuracy is measured, beside the training data.
+        name: name of the twin.
+        make: maker of its network.
+        choice: optimizer.
+        course: training procedure of every run.
+        test: test data for the accuracy.
     """
 
     name: str
@@ -80,7 +78,7 @@ class Trainee:
     test: Batches | None = None
 
     def train(self, runs: Sequence[Run], reported: bool, kept: int | None) -> list[Trained]:
-        """Train these runs; measure the accuracy of those that are reported, keep the network of one seed."""
+        """Train these runs; measure their accuracy if ``reported``, and keep the network of seed ``kept``."""
         logs = train_each(self.make, runs, self.choice, self.course, self.name)
         return [self._trained(run, logs[run], reported, run.seed == kept) for run in runs]
 
@@ -90,13 +88,14 @@ class Trainee:
             measured = self._accuracies(log.network, run)
         with np.errstate(over="ignore"):
             losses = log.losses.astype(np.float32)
-        if np.array_equal(losses, log.losses, equal_nan=True):  # it was computed in float32 or less
+        # Losses computed in float32 or less are kept as their shortest decimals.
+        if np.array_equal(losses, log.losses, equal_nan=True):
             log.losses = np.array([float(str(loss)) for loss in losses])
         ratios = np.array([float(f"{ratio:.8g}") for ratio in log.update_ratio])
         return Trained(log.losses, ratios, measured, log.network if is_kept else None)
 
     def _accuracies(self, network: nn.Module, run: Run) -> tuple[float | None, float | None]:
-        stream, count = self.course.stream, max(1, self.course.steps // _STEPS_A_BATCH)
+        stream, count = self.course.stream, max(1, self.course.steps // _STEPS_PER_BATCH)
         seen = islice(stream.batches(run.seed), min(count, stream.count or count))
         objective = self.course.objective
         return (
@@ -106,7 +105,7 @@ class Trainee:
 
     @property
     def is_indivisible(self) -> bool:
-        """Whether the runs of a sweep need each other: each ends where another got to."""
+        """Whether the runs of a sweep depend on each other: reaching the target shortens later runs."""
         return self.course.stop_at is not None
 
 
@@ -115,12 +114,11 @@ class Sweep:
     """One twin under one optimizer: the rates tried, and the runs reported.
 
     Attributes:
-        seed: on which the rates were tried; None where there was nothing to choose.
+        seed: seed of the sweep; None if there was only one rate.
         tried: rate -> losses on that seed.
-        rate: the best.
-        is_at_edge: the best is the greatest or the smallest that was tried, and better than the one beside
-            it.
-        reported: one run a seed, at the best rate.
+        rate: the best rate.
+        is_at_edge: whether the best rate is the largest or smallest tried and clearly beats its neighbour.
+        reported: one run per seed, at the best rate.
     """
 
     seed: int | None
@@ -130,7 +128,7 @@ class Sweep:
     reported: list[Trained]
 
     def curves(self, target: float) -> Curves:
-        """The runs as they are reported."""
+        """Summarise the reported runs as curves, for this target."""
         losses = np.stack([run.losses for run in self.reported])
         curve = smoothed(losses)
         crossed = [np.flatnonzero(row <= target) for row in curve]
@@ -168,15 +166,15 @@ def sweep_then_seeds(
     copies: int,
     patience: float,
 ) -> dict[Key, Sweep]:
-    """Every rate on a seed of its own; the best one on the seeds that are reported.
+    """Try every rate on a separate seed, then train the reported seeds at the best rate.
 
     Args:
-        trainees: by any key; all with the same course.
-        seeds: those that are reported.
+        trainees: key -> trainee, all with the same course.
+        seeds: the reported seeds.
         extend: whether a sweep may try rates beyond those given.
-        keep: whether to keep the network of the first seed; never where a course stops at a loss.
-        copies: of this process, each with one thread; fewer than two: everything is trained here.
-        patience: seconds without any answer after which copies are given up.
+        keep: whether to keep the network of the first seed; ignored if the course stops at a loss.
+        copies: number of worker processes, each with one thread; below two, this process trains.
+        patience: seconds without any answer after which workers are abandoned.
     """
 
     def train(question: _Question[Key]) -> list[Trained]:
@@ -190,7 +188,7 @@ def sweep_then_seeds(
 
 @dataclass(frozen=True)
 class _Scheduler(Generic[Key]):
-    """Asks for the runs of all trainees, stage by stage."""
+    """Scheduler of the runs of all trainees: sweeps, extensions, then reported seeds."""
 
     trainees: Mapping[Key, Trainee]
     seeds: Sequence[int]
@@ -199,8 +197,7 @@ class _Scheduler(Generic[Key]):
     answering: Answering[_Question[Key], list[Trained]]
 
     def sweeps(self, extend: bool) -> dict[Key, Sweep]:
-        # Where only the steps to a target are asked for, the runs that chose the rate are themselves the
-        # answer.
+        # A course that stops at a target reports the steps of the sweep itself, so they share a seed.
         own = self.seeds[0] if self.stops else max(self.seeds) + 1
         rates = {key: one.choice.rates for key, one in self.trainees.items() if len(one.choice.rates) > 1}
         tried: dict[Key, dict[float, Trained]] = {key: {} for key in rates}
@@ -243,7 +240,7 @@ class _Scheduler(Generic[Key]):
     def _train(
         self, runs: Mapping[Key, Sequence[Run]], reported: bool = False
     ) -> dict[Key, dict[Run, Trained]]:
-        """Train runs of several trainees; those that need each other are one question."""
+        """Train runs of several trainees; runs that depend on each other form one question."""
         questions = []
         for key, chosen in runs.items():
             together = [tuple(chosen)] if self.trainees[key].is_indivisible else [(run,) for run in chosen]
@@ -260,21 +257,20 @@ def _losses(tried: Mapping[float, Trained]) -> dict[float, np.ndarray]:
 
 
 def _best(tried: Mapping[float, np.ndarray]) -> float:
-    """The rate with the lowest loss at the end; the smaller one of two."""
+    """The rate with the lowest final loss; the smaller rate in a tie."""
     return min(tried, key=lambda rate: (final(tried[rate]), rate))
 
 
-# A loss has come down when it fell by this share of its first value.
+# Smallest fall that counts, as a share of the first loss.
 FALLEN = 0.01
 
 
 def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
-    """Two more rates past the edge, where the best rate stands there and is clearly better than the one
-    beside it.
+    """Two more learning rates beyond the range, if the best is at its edge and clearly beats its neighbour.
 
-    All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of
-    the spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts
-    as one that stayed; where every loss rose, a smaller rate may do.
+    All rates saw the same batches, so their final losses differ by the rate alone. "Clearly" means by a
+    fiftieth of the spread of these losses, if the spread exceeds a thousandth of the first loss. A loss that
+    rose counts as unchanged; if every loss rose, a smaller rate may work.
     """
     rates = sorted(tried)
     first = float(tried[rates[0]][0])
@@ -298,6 +294,6 @@ def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
 
 
 def final(losses: np.ndarray) -> float:
-    """The smoothed loss at the end; infinite where training diverged."""
+    """The smoothed loss at the end; infinite if training diverged."""
     final = float(smoothed(losses)[-1])
     return final if math.isfinite(final) else math.inf

@@ -1,6 +1,4 @@
-"""How many threads a network should have, and whether several are better trained side by side: timed, not
-guessed.
-"""
+"""Choose, by timing, the number of threads of a network and whether networks train faster side by side."""
 
 from __future__ import annotations
 
@@ -16,17 +14,17 @@ from torch import nn
 from skipscope._data import Objective
 from skipscope._random import random_state_kept
 
-# Copies of this process are made where they save at least this share of the time, and so many seconds.
+# Worker processes are used if they save at least this share of the time and at least this many seconds.
 _SAVED_SHARE, _SAVED_S = 0.2, 1.0
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """What one forward and backward pass takes.
+    """Seconds of one forward and backward pass.
 
     Attributes:
-        alone: with one thread.
-        together: with as many threads as there are.
+        alone: seconds with one thread.
+        together: seconds with all threads.
     """
 
     alone: float
@@ -35,12 +33,12 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class Plan:
-    """How several trainings share the processor.
+    """Worker processes and threads of several trainings.
 
     Attributes:
-        copies: of this process, each with one thread; 1: everything is trained here.
-        one_thread: whether one thread is enough here.
-        patience: seconds without any answer after which copies are given up.
+        copies: number of worker processes, each with one thread; 1: this process trains everything.
+        one_thread: whether this process should use one thread.
+        patience: seconds without any answer after which workers are abandoned.
     """
 
     copies: int
@@ -49,13 +47,13 @@ class Plan:
 
     @classmethod
     def fastest(cls, seconds: Sequence[StepSeconds], steps: int, at_a_time: int, workers: int) -> Plan:
-        """Copies where they save enough time; else the threads that take less.
+        """Choose worker processes if they save enough time, otherwise the faster number of threads.
 
         Args:
-            seconds: a step of each network; empty: not timed, nothing changes.
-            steps: of each network, in all its runs.
-            at_a_time: how many pieces of work do not wait for each other.
-            workers: how many copies there may be.
+            seconds: time of a step of each network; empty if not timed: nothing changes.
+            steps: steps of each network over all its runs.
+            at_a_time: number of tasks that can run at the same time.
+            workers: most worker processes.
         """
         alone = steps * sum(one.alone for one in seconds)
         together = steps * sum(one.together for one in seconds)
@@ -68,7 +66,7 @@ class Plan:
 
     @contextmanager
     def threads(self) -> Iterator[None]:
-        """The threads for what is trained here."""
+        """Set the number of threads for training in this process; restored on exit."""
         threads = torch.get_num_threads()
         if self.one_thread:
             torch.set_num_threads(1)
@@ -80,10 +78,10 @@ class Plan:
 
 @contextmanager
 def fitting_threads(model: nn.Module, loss: Objective, batch: Any) -> Iterator[None]:
-    """One thread inside, if one forward and backward pass takes no longer with one than with all.
+    """Use one thread inside if a forward and backward pass is about as fast with one as with all.
 
-    The operations of small networks are over before a second thread has woken up; and when other work shares
-    the machine, waiting for that thread costs many times the work itself (seen: 50 times).
+    The operations of small networks end before a second thread has woken up. If other work shares the
+    machine, waiting for that thread costs many times the work itself (50 times in one measurement).
     """
     with Plan.fastest([step_seconds(model, loss, batch)], 1, 1, 1).threads():
         yield
@@ -103,9 +101,10 @@ def step_seconds(model: nn.Module, loss: Objective, batch: Any) -> StepSeconds:
 
 
 def _seconds(model: nn.Module, loss: Objective, batch: Any) -> float:
-    """The least of three; the first pass pays for what happens only once."""
+    """Fastest of three passes, after a warm-up."""
     times = []
-    with random_state_kept(0):  # dropout draws
+    # Dropout draws random numbers.
+    with random_state_kept(0):
         for _ in range(4):
             start = time.perf_counter()
             loss(model, batch).backward()

@@ -1,8 +1,7 @@
-"""Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small
-sweep.
+"""Train twins side by side: same batches, same seeds, each at the best learning rate of a small sweep.
 
-The sweep runs on a seed of its own, so that the runs that are reported did not choose the rate. A best rate
-at the edge of what was tried extends it.
+The sweep uses a separate seed, so that the reported runs did not choose the rate. A best rate at the edge
+extends the sweep.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from skipscope.comparison.training._training_arguments import require_size, requ
 from skipscope.comparison.training._training_result import Training
 from skipscope.comparison.training._training_run import Course
 
-# Timing what a step of one network takes is about so many steps; it is done where the training has at least
-# twenty times as many.
+# Timing a step of a network costs about eight steps, so it is done only if the training is twenty times
+# longer.
 _TRIAL_STEPS, _TRIAL_SHARE = 8, 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each network is trained, beside its optimizer.
+    """Training options besides the optimizer.
 
     Attributes:
         schedule, clip_norm, autocast: see :func:`train_twins`.
@@ -70,40 +69,39 @@ def train_twins(
     test: Any = None,
     keep: bool = False,
 ) -> Training:
-    """Train networks side by side and tell how fast each one learns.
+    """Train networks side by side and measure how fast each of them learns.
 
-    Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of
-    the same sweep, on a seed that is not among those reported; where the best is the greatest or smallest
-    rate tried, the sweep is extended, and what is still at the edge then is named. Each run is what a plain
-    loop gives: seed, make the network, train it, in the modes in which it was made (a ready module wholly in
-    evaluation mode is put in training mode). The models given are not trained: their copies are.
+    For a given seed, every twin sees the same batches in the same order. Each twin has the best learning rate
+    of the same sweep, on a seed that is not reported. If the best rate is the largest or smallest tried,
+    the sweep is extended; a best rate still at the edge is named in the result. Each run is a plain loop:
+    seed, make the network, train it in the modes in which it was made (a module entirely in evaluation mode
+    is put into training mode). The models given are not trained: their copies are.
 
-    Runs are independent of each other. Where it saves time they are trained side by side in copies of this
-    process with one thread each, with the numbers of one process with one thread; what a model or a loss
-    writes down for itself then stays in the copy. Local.
+    Runs are independent of each other. If that is faster, they are trained in forked worker processes with
+    one thread each, with the numbers of one process with one thread. Side effects of a model or a loss then
+    stay in the worker. Local.
 
     Args:
-        twins: name -> factory (called for every run, after seeding) or ready module (seeds then vary the
-            batch order only, and the result says so).
-        data: training data; one large batch is cut into random batches where its rows are samples by
-            themselves (tried: the model's output on some rows does not depend on the others). What
-            ``skipscope.batches`` names a batch, a graph or another object is used as it is.
+        twins: name -> factory (called for every run, after seeding) or module (seeds then vary the batch
+            order only, and the result says so).
+        data: training data; a single large batch is cut into random batches if its rows are independent
+            samples (tested: the model's output on some rows does not depend on the others). A batch of
+            ``skipscope.batches``, a graph or another object is used whole.
         loss: see ``skipscope.gradient_flow``.
-        seeds: how many, or which.
-        steps: optimizer steps a run.
-        batch_size: samples a step, where the data is one batch; default 64.
+        seeds: number of seeds, or the seeds themselves.
+        steps: optimizer steps per run.
+        batch_size: samples per step if the data is a single batch; default 64.
         optimizers: names out of "SGD" (momentum 0.9), "Adam" and "AdamW" (decay 0.01), or name -> rates to
             try, or name -> factory ``f(parameters)`` of any optimizer, or name -> ``(f, rates)`` with
             ``f(parameters, rate)``. A factory may return ``(optimizer, scheduler)``. Default: SGD and Adam.
-        schedule: a factor on the rate at each step, from 0 on.
-        clip_norm: scale a longer gradient down to this norm.
+        schedule: function of the step, from 0, that returns a factor on the rate.
+        clip_norm: scale a gradient of larger norm down to this norm.
         autocast: ``torch.bfloat16`` or ``torch.float16`` (with a gradient scaler); None: full precision.
         target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin.
-            Where a loss falls to zero or below: half of the distance from there to the lowest loss that any
-            twin reaches.
+            If a loss reaches zero or below: half-way from that first loss to the lowest loss of any twin.
         weight: see ``skipscope.gradient_flow``.
-        test: data on which each trained network's accuracy is measured, beside its accuracy on training
-            batches. Accuracy is shown where the loss is a cross-entropy on classes.
+        test: test data for the accuracy of each trained network, beside its accuracy on training batches.
+            Accuracy is measured if the loss is a cross-entropy on classes.
         keep: keep the trained networks, as ``Training.networks``.
 
     Returns:
@@ -155,12 +153,12 @@ def train_and_keep(
     extend: bool = True,
     keep: bool = True,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
-    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best
-    rate.
+    """Train twins as :func:`train_twins` does, and return the trained networks as well.
 
-    With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
-    enough to tell in how many steps the best rate gets there; no network is kept. Neither then nor without
-    ``extend`` does a sweep try rates beyond those given. Without ``keep`` no network is kept.
+    The networks are ``twin -> optimizer -> network``: the first seed's at its best rate. With
+    ``stop_at_target``, which needs a ``target``, a sweep ends as soon as a rate has reached the target: the
+    result is the number of steps of the best rate, no network is kept, and the sweep is not extended. Without
+    ``extend`` a sweep is not extended; without ``keep`` no network is kept.
     """
     _refuse(twins, steps, batch_size, target, recipe)
     chosen = seeds_of("train_twins", seeds)
@@ -182,9 +180,13 @@ def train_and_keep(
         plan = _plan(trainees, makers, chosen, workers() if _can_be_copied(first, stream, keep) else 1)
         with plan.threads():
             sweeps = sweep_then_seeds(
-                trainees, chosen, extend=extend and not stop_at_target, keep=keep, copies=plan.copies,
+                trainees,
+                chosen,
+                extend=extend and not stop_at_target,
+                keep=keep,
+                copies=plan.copies,
                 patience=plan.patience,
-            )  # fmt: skip
+            )
     logs: dict[str, dict[str, Sweep]] = {name: {} for name in makers}
     for (name, optimizer), sweep in sweeps.items():
         logs[name][optimizer] = sweep
@@ -202,25 +204,33 @@ def train_and_keep(
 
 
 def _refuse(twins: Any, steps: int, batch_size: int | None, target: float | None, recipe: Recipe) -> None:
-    """Refuse what cannot be trained, before anything runs."""
+    """Refuse arguments that cannot be used, before anything runs."""
     if not isinstance(twins, Mapping) or not twins:
         raise SkipscopeError(
-            "train_twins", "there is nothing to train", expected='{"with": make_a, "without": make_b}',
-            got=f"{twins!r:.60}", cure="name each network",
-        )  # fmt: skip
+            "train_twins",
+            "there is nothing to train",
+            expected='{"with": make_a, "without": make_b}',
+            got=f"{twins!r:.60}",
+            cure="name each network",
+        )
     require_whole("train_twins", steps=steps, batch_size=batch_size)
     require_size("train_twins", clip_norm=recipe.clip_norm)
     if target is not None and not math.isfinite(target):
         raise SkipscopeError(
-            "train_twins", "the target is no loss", expected="a finite number", got=target,
+            "train_twins",
+            "the target is not finite",
+            expected="a finite number",
+            got=target,
             cure="leave target out",
-        )  # fmt: skip
+        )
     if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
         raise SkipscopeError(
-            "train_twins", "autocast is no dtype that torch.autocast trains in",
-            expected="torch.bfloat16 or torch.float16", got=repr(recipe.autocast)[:60],
+            "train_twins",
+            "torch.autocast cannot train in this dtype",
+            expected="torch.bfloat16 or torch.float16",
+            got=repr(recipe.autocast)[:60],
             cure="autocast=torch.bfloat16",
-        )  # fmt: skip
+        )
 
 
 def _stream(
@@ -231,18 +241,20 @@ def _stream(
     weight: Callable[[Any], float] | None,
     notes: dict[str, None],
 ) -> tuple[Stream, Objective]:
-    """Where batches come from, and the loss, as the first network takes them."""
+    """The stream of batches and the objective, checked with the first network."""
     if not any(p.requires_grad for p in first.parameters()):
         raise SkipscopeError(
-            "train_twins", "no parameter requires a gradient: there is nothing to train",
-            got=type(first).__name__, cure="pass the model before it is frozen or quantised",
-        )  # fmt: skip
+            "train_twins",
+            "no parameter requires a gradient: there is nothing to train",
+            got=type(first).__name__,
+            cure="pass the model before it is frozen or quantised",
+        )
     batches, objective = read(first, data, loss, "train_twins", weight=weight)
     stream = Stream(batches, first, objective, batch_size)
     if batches.single and not stream.cut and stream.size > (batch_size or 64):
         notes.setdefault(
-            f"every step took the whole batch of {stream.size}: its rows were not taken for samples by"
-            " themselves (for smaller batches pass a DataLoader)"
+            f"every step took the whole batch of {stream.size}: its rows are not known to be"
+            " independent samples (for smaller batches pass a DataLoader)"
         )
     with random_state_kept(0):
         if not objective(first, next(stream.batches(0))).requires_grad:
@@ -253,7 +265,7 @@ def _stream(
 def _plan(
     trainees: Mapping[Any, Trainee], makers: Mapping[str, Maker], seeds: Sequence[int], copies: int
 ) -> Plan:
-    """How the trainings share the processor, by a timed step of each network."""
+    """Plan worker processes and threads by timing a step of each network."""
     course = next(iter(trainees.values())).course
     runs = sum(len(one.choice.rates) + len(seeds) for one in trainees.values()) // len(makers)
     seconds: list[StepSeconds] = []
@@ -265,9 +277,7 @@ def _plan(
 
 
 def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
-    """Whether copies of this process can train: on a device or other ranks, or with workers that load data,
-    they could not; and a network that is kept comes back through a pipe.
-    """
+    """Whether forked workers can train: CPU only, one rank, data in memory, model picklable if kept."""
     if stream.held is None or ranks_of(model) or torch.cuda.is_initialized():
         return False
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(stream.held)]
@@ -279,7 +289,7 @@ def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
         return False
 
 
-# --- the target
+# --- the target ---
 
 
 def _refuse_bad_first_loss(logs: dict[str, dict[str, Sweep]]) -> None:
@@ -297,11 +307,10 @@ def _refuse_bad_first_loss(logs: dict[str, dict[str, Sweep]]) -> None:
 
 
 def _default_target(logs: dict[str, dict[str, Sweep]]) -> float:
-    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to
-    the lowest reached.
+    """Half of the lowest first loss of any twin; if a loss reaches zero, half-way to the lowest loss reached.
 
-    There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed
-    loss whose steps differ as those of the best run do.
+    In the second case the target is at least a hundredth below the first loss, and at least three times the
+    noise of a smoothed loss, estimated from the steps of the best run.
     """
     runs = [[log.losses for sweep in by.values() for log in sweep.reported] for by in logs.values()]
     first = min(float(np.mean([losses[0] for losses in of_twin])) for of_twin in runs)

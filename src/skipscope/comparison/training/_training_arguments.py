@@ -1,4 +1,4 @@
-"""What trainings are asked for: refused in words, before anything runs, where it cannot be done."""
+"""Validation of training arguments, before anything runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipscope._validation import is_finite, is_integer
 
 
 def require_whole(operation: str, least: int = 1, **values: Any) -> None:
-    """Require whole numbers from ``least`` on; None stands for a default."""
+    """Require integers of at least ``least``; None stands for a default."""
     for name, value in values.items():
         if value is not None and not is_integer(value, least):
             raise SkipscopeError(
@@ -24,7 +24,7 @@ def require_whole(operation: str, least: int = 1, **values: Any) -> None:
 
 
 def require_size(operation: str, **values: Any) -> None:
-    """Require finite numbers that are not negative; None stands for a default."""
+    """Require finite, non-negative numbers; None stands for a default."""
     for name, value in values.items():
         if value is not None and not (is_finite(value) and value >= 0):
             raise SkipscopeError(
@@ -37,14 +37,17 @@ def require_size(operation: str, **values: Any) -> None:
 
 
 def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
-    """The seeds: so many from 0 on, or those given."""
+    """The seeds given, or ``range(seeds)`` for a number."""
     if isinstance(seeds, int):
         require_whole(operation, seeds=seeds)
         return tuple(range(seeds))
     chosen = tuple(seeds)
     if not chosen or not all(is_integer(seed, -math.inf) for seed in chosen):
         raise SkipscopeError(
-            operation, "seeds are a number of them, or the seeds themselves", expected="3, or [0, 1, 2]",
-            got=repr(seeds)[:60], cure="seeds=3",
-        )  # fmt: skip
+            operation,
+            "seeds are a number of them, or the seeds themselves",
+            expected="3, or [0, 1, 2]",
+            got=repr(seeds)[:60],
+            cure="seeds=3",
+        )
     return chosen

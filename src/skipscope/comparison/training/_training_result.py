@@ -1,4 +1,4 @@
-"""Result of training twins: their curves, and when each reached the target."""
+"""Result of training twins: their curves and steps to the target."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Curves:
     """One twin under one optimizer at its best rate.
 
     Attributes:
-        rate: the learning rate that won the sweep.
-        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf where training diverged. Empty
-            where there was one rate only.
+        rate: best learning rate of the sweep.
+        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf if training diverged. Empty if only
+            one rate was given.
         losses: training loss, [seeds, steps].
         update_ratio: |update| / |weights| over all weights, [seeds, steps].
         steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
-        learns: the smoothed loss of every seed ends at or below the target.
-        is_at_edge: the best rate is the greatest or the smallest that was tried: one beyond may be better.
-        sweep_seed: the seed on which the rates were tried; not one of those reported.
-        train_accuracy: share named rightly by each seed's trained network, in evaluation mode, on a tenth as
-            many training batches as there were steps (at most all); None for a run that diverged, and for all
-            where the targets are no classes.
-        test_accuracy: the same on the test data; None without.
+        learns: whether the smoothed loss of every seed ends at or below the target.
+        is_at_edge: whether the best rate is the largest or smallest tried: a rate beyond it may be better.
+        sweep_seed: seed on which the rates were tried, not among those reported.
+        train_accuracy: accuracy of each seed's trained network, in evaluation mode, on a tenth as many
+            training batches as there were steps (at most one epoch); None for a run that diverged, and for
+            all runs if the targets are not classes.
+        test_accuracy: the same on the test data; None without test data.
     """
 
     rate: float
@@ -54,7 +54,7 @@ class Curves:
 
 
 def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
-    """Mean over the last ``span`` steps along the last axis; over those there are, at the start."""
+    """Mean over the last ``span`` steps along the last axis; at the start over the steps so far."""
     padding = [(0, 0)] * (losses.ndim - 1) + [(span - 1, 0)]
     padded = np.pad(np.asarray(losses, dtype=float), padding)
     sums = np.lib.stride_tricks.sliding_window_view(padded, span, axis=-1).sum(-1)
@@ -63,17 +63,18 @@ def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Training(Result):
-    """Twins trained side by side on the same batches: loss against step, steps to a loss, update sizes.
+    """Twins trained side by side on the same batches: loss curves, steps to a target loss, update sizes.
 
     Attributes:
         curves: twin -> optimizer -> :class:`Curves`.
         target: the loss whose first crossing is counted.
-        steps: steps each run had.
-        batch_size: samples a step.
-        seeds: the seeds; ``varies`` says what differs between them.
-        varies: "initialisation and batch order", or "batch order only" (a ready model was given).
-        notes: what is worth knowing of how the twins were trained.
-        processes: how many copies of this process trained side by side, with one thread each; 1: none.
+        steps: optimizer steps per run.
+        batch_size: samples per step.
+        seeds: the seeds.
+        varies: what differs between seeds: "initialisation and batch order", or "batch order only" (a module
+            was given).
+        notes: remarks on how the twins were trained.
+        processes: number of worker processes, with one thread each; 1: this process trained everything.
 
     Example:
         >>> import torch, skipscope as ss
@@ -97,18 +98,18 @@ class Training(Result):
     def networks(self) -> dict[str, dict[str, nn.Module]]:
         """Twin -> optimizer -> the first seed's network, trained at its best rate.
 
-        Empty unless :func:`train_twins` was asked to ``keep`` them, and in what is loaded: files hold none.
+        Empty without ``train_twins(..., keep=True)``, and in a loaded result: files hold no networks.
         """
         return self.__dict__.get("_networks", {})
 
     def holding(self, networks: dict[str, dict[str, nn.Module]]) -> Training:
-        """The same result with trained networks beside it, which are no part of what is saved."""
+        """Attach trained networks, which are not saved, and return the result."""
         self.__dict__["_networks"] = networks
         return self
 
     @property
     def engine(self) -> dict[str, str]:
-        """How each twin's runs were trained: "one by one". Earlier versions could also stack networks."""
+        """Twin -> "one by one". Earlier versions could also train stacked networks."""
         return dict.fromkeys(self.curves, "one by one")
 
     def learners(self, optimizer: str) -> list[str]:
@@ -116,9 +117,7 @@ class Training(Result):
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
 
     def steps_text(self, twin: str, optimizer: str) -> str:
-        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a
-        made-up ratio.
-        """
+        """Median steps to the target, or "> N" if most seeds do not reach it within N steps."""
         curves = self.curves[twin][optimizer]
         reached = curves.steps_to_target
         steps = sorted(np.inf if s is None else s for s in reached)
@@ -126,9 +125,9 @@ class Training(Result):
         return f"> {curves.losses.shape[1]}" if np.isinf(middle) else f"{middle:.0f}"
 
     def accuracies(self, twin: str, optimizer: str) -> dict[str, float | None]:
-        """Mean over seeds of "train accuracy" and "test accuracy", as far as any twin has them.
+        """Mean over seeds of "train accuracy" and "test accuracy", if any twin has them.
 
-        Empty where the targets are no classes; None where a run diverged.
+        Empty if the targets are not classes; a value is None if a run diverged.
         """
         every = [c for by in self.curves.values() for c in by.values()]
         own = self.curves[twin][optimizer]
@@ -178,17 +177,17 @@ class Training(Result):
                     " of its own. 'learns': every seed's smoothed loss (mean over 10 steps) ends at or below"
                     f" {short(self.target)}."
                 ),
-                *(["acc.: accuracy, the share of samples whose class is named rightly."] if heads else []),
+                *(["acc.: accuracy, the share of samples that are classified correctly."] if heads else []),
                 *self._edges(),
                 *self.notes,
             ],
         )
 
     def _edges(self) -> list[str]:
-        """A sentence for each best rate at the edge of its sweep."""
+        """Warn of each best rate at the edge of its sweep."""
         return [
             f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried:"
-            " one beyond may be better."
+            " a rate beyond it may be better."
             for twin, by in self.curves.items()
             for optimizer, c in by.items()
             if c.is_at_edge

@@ -1,7 +1,6 @@
-"""A training run is a plain loop: seed, make the network, train it.
+"""Training runs as plain loops: seed, make the network, train it.
 
-Torch's own optimizers move the weights of a network as few tensors, which leaves every bit as it is and takes
-less time.
+For torch's own optimizers the weights are joined into a few flat tensors: the same bits in less time.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from skipscope.comparison.training._training_result import smoothed
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: which seed, which rate (None: the optimizer's own)."""
+    """Seed and learning rate of a training run (None: the optimizer's own rate)."""
 
     seed: int
     rate: float | None
@@ -37,7 +36,7 @@ class Run:
 
 @dataclass
 class Log:
-    """What a run left: losses and update sizes, each [steps], and the trained network."""
+    """Log of a run: losses and update sizes, each [steps], and the trained network."""
 
     losses: np.ndarray
     update_ratio: np.ndarray
@@ -46,16 +45,16 @@ class Log:
 
 @dataclass(frozen=True)
 class Course:
-    """What every run goes through.
+    """Training procedure of every run.
 
     Attributes:
-        stream: where its batches come from.
+        stream: source of the batches.
         objective: the loss.
-        steps: how many, at most.
-        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half
-            way if none of them has come down by a hundredth; None: go on.
-        schedule: a factor on the rate at each step, from 0 on.
-        clip_norm: the gradient is scaled down to this norm where it is longer.
+        steps: most optimizer steps.
+        stop_at: smoothed loss at which to stop; a run whose loss has not fallen by a hundredth after half of
+            the steps is stopped too. None: never stop early.
+        schedule: function of the step, from 0, that returns a factor on the rate.
+        clip_norm: norm to which larger gradients are scaled down.
         autocast: the dtype of ``torch.autocast``.
     """
 
@@ -68,7 +67,7 @@ class Course:
     autocast: torch.dtype | None = None
 
     def is_over(self, losses: np.ndarray) -> bool:
-        """Whether the losses so far, [networks, steps], are enough (looked at every tenth step)."""
+        """Whether to stop after these losses, [networks, steps]; checked at every tenth step."""
         if self.stop_at is None or losses.shape[1] % 10:
             return False
         curve = smoothed(losses)
@@ -77,11 +76,11 @@ class Course:
         return is_there or is_stuck
 
     def factor(self, step: int) -> float:
-        """The factor on the rate."""
+        """Factor on the learning rate at a step."""
         return 1.0 if self.schedule is None else float(self.schedule(step))
 
     def casting(self, device: torch.device) -> Any:
-        """The context in which the loss is computed."""
+        """Autocast context for the loss, or a null context."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, self.autocast)
@@ -90,13 +89,13 @@ class Course:
 def train_each(
     make: Maker, runs: Sequence[Run], choice: OptimizerChoice, course: Course, name: str
 ) -> dict[Run, Log]:
-    """Train a network for each run; its noise continues from the state that making it left.
+    """Train a network for each run; its random numbers continue from the state after building it.
 
-    Where the course stops at a loss, a run ends there, and later ones have no more steps than the first that
-    got there.
+    If the course stops at a loss, later runs have no more steps than the first run that reached it.
     """
     logs = {}
-    several = len(runs) > 1  # who asks for one run at a time counts them
+    # Callers that train a single run show their own progress.
+    several = len(runs) > 1
     for run in track(runs, f"training {name!r} under {choice.name}") if several else runs:
         with random_state_kept(run.seed):
             logs[run] = _train(make.build(), run, choice, course)
@@ -119,10 +118,10 @@ def _train(model: nn.Module, run: Run, choice: OptimizerChoice, course: Course) 
 
 
 class _Loop:
-    """The loop of one run, as a person would write it.
+    """Plain training loop of one run.
 
     Attributes:
-        flat: the weights as few tensors, as long as an optimizer may see them so.
+        flat: the weights as flat tensors, or None if the optimizer gets them separately.
     """
 
     def __init__(self, model: nn.Module, run: Run, choice: OptimizerChoice, course: Course):
@@ -132,7 +131,8 @@ class _Loop:
         self.flat = None if choice.factory or halves else FlatWeights.of(model)
         self.make = lambda weights: choice.make(weights, run.rate)
         self.driver = self.make(self.weights if self.flat is None else self.flat.tables)
-        self.needs_closure = self.driver.needs_closure  # it inspects a signature: not at every step
+        # Cached, because the property inspects a signature.
+        self.needs_closure = self.driver.needs_closure
         self.rates = [group["lr"] for group in self.driver.optimizer.param_groups]
         self.device = self.weights[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves and not self.needs_closure)
@@ -141,8 +141,9 @@ class _Loop:
     @classmethod
     @contextmanager
     def of(cls, *arguments: Any) -> Iterator[_Loop]:
-        """A loop whose optimizer is in training mode inside (one that needs no schedule has modes), and
-        whose weights are the network's own afterwards.
+        """Make a loop with its optimizer in training mode; on exit the weights regain their own storage.
+
+        A schedule-free optimizer has a training and an evaluation mode.
         """
         loop = cls(*arguments)
         whole = loop.flat
@@ -155,7 +156,7 @@ class _Loop:
                 whole.release()
 
     def step(self, batch: Any, factor: float) -> tuple[float, float]:
-        """The loss before a step, and how large the step was: |update| / |weights|."""
+        """Take a step. Returns the loss before it, and |update| / |weights|."""
         if self.course.schedule is not None:
             for group, rate in zip(self.driver.optimizer.param_groups, self.rates):
                 group["lr"] = rate * factor
@@ -172,7 +173,7 @@ class _Loop:
         return value, self.update.ratio()
 
     def _backward(self, batch: Any) -> float:
-        """The loss; its gradient is with the weights, and with what the optimizer moves."""
+        """Compute the loss and its gradients, of the weights and of the flat tensors; return the loss."""
         if self.flat is None:
             self.driver.optimizer.zero_grad()
         else:
@@ -190,19 +191,19 @@ class _Loop:
 
 
 class _Update:
-    """The size of what a step does to some weights: from one call to the next."""
+    """Relative size of the change of weights between two calls."""
 
     def __init__(self, weights: Sequence[Tensor]):
         alike: dict[Any, list[Tensor]] = {}
         for weight in weights:
             alike.setdefault((weight.device, weight.dtype), []).append(weight)
-        # Weights of one kind in one row, twice: as they were, and as they are.
+        # Two flat buffers for each device and dtype: the weights before and after a step.
         self.weights = list(alike.values())
         self.before, self.now = ([self._row(some) for some in self.weights] for _ in range(2))
         self.size = math.hypot(*map(_norm, self.before))
 
     def ratio(self) -> float:
-        """|update| / |weights| of what happened since the last call."""
+        """|update| / |weights| since the last call."""
         for some, now, before in zip(self.weights, self.now, self.before):
             torch.cat([w.detach().reshape(-1) for w in some], out=now)
             before.sub_(now)

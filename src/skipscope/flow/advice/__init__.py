@@ -1,1 +1,1 @@
-"""Remedies, tried on copies."""
+"""Remedies for a network, tried on copies."""

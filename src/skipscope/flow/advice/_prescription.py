@@ -1,4 +1,4 @@
-"""``prescribe``: advice that was tried. Each remedy is applied to a copy and measured on the user's data."""
+"""``prescribe``: remedies applied to copies of a network and measured on the user's data."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from skipscope.flow.advice._remedies import Candidate, candidates, frozen, only_
 from skipscope.flow.advice._residual_blocks import is_normed
 from skipscope.flow.verdict._verdict_words import HEALTHY
 
-# The rates under which each copy is trained for a few steps; its best one counts.
+# Optimizers and rates with which each copy is trained for a few steps; the best result counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
     ("SGD 0.01", torch.optim.SGD, 0.01),
     ("SGD 0.1", torch.optim.SGD, 0.1),
     ("Adam 0.001", torch.optim.Adam, 0.001),
 )
-# Where data, loss or graph are broken, no change of the network helps.
+# Causes in the data, the loss or the graph, which no change of the network mends.
 BROKEN: set[VerdictCause] = {
     "data",
     "weights",
@@ -43,9 +43,9 @@ BROKEN: set[VerdictCause] = {
     "log",
     "norm",
 }
-# Nothing was learnt where more than this share of the loss is left.
+# A copy with more than this share of its loss left has learnt nothing.
 STUCK = 0.99
-# The trouble is not the fall where it is smaller than this.
+# A fall below this many decades is not the cause of slow learning.
 TOLD = 1.0
 
 
@@ -59,20 +59,20 @@ def prescribe(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> Prescription:
-    """Try remedies for a network in trouble on copies of it, and list them by what they did.
+    """Try remedies on copies of a network, and rank them by their effect.
 
-    Initialisations, norms, each kind of shortcut, scaled branches: the flow before and after, the loss before
-    and after, and the loss after the same few training steps under the best of three rates. Frozen layers
-    keep their weights. Where data, loss or graph are broken nothing is tried, and ``advice`` says what to
-    mend. Local.
+    Remedies are initialisations, norms, kinds of shortcuts and scaled branches. For each, the flow and the
+    loss are measured before and after, and the loss after the same few training steps at the best of three
+    rates. Frozen layers keep their weights. If the data, the loss or the graph is broken, nothing is tried,
+    and ``advice`` says what to fix. Local.
 
     Args:
-        model: any eager module; as found afterwards.
+        model: any eager module, restored afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        steps: training steps given to each copy and rate; 0 for none.
-        seed: of initialisations and of the random numbers drawn inside.
-        weight: what a batch counts for in the mean over batches.
+        loss: ``loss(output, target)``; not needed if the output carries ``.loss``.
+        steps: training steps for each copy and rate; 0 for none.
+        seed: seed of initialisations and of the random numbers drawn inside.
+        weight: batch -> its weight in the mean over batches.
 
     Raises:
         SkipscopeError: data, loss or model cannot be read, the loss has no gradient, or the model cannot be
@@ -104,9 +104,9 @@ def prescribe(
             before, (), (), f"No remedy for the network can help. {verdict.finding} {verdict.advice}"
         )
     if verdict.cause == "batch norm":
-        # The network may be sound: nothing is known of it before its statistics are the data's.
+        # With stale running statistics nothing is known of the network itself, which may be healthy.
         return Prescription(
-            before, (), (), f"{verdict.finding} {verdict.advice} Then ask again.", _why(before)
+            before, (), (), f"{verdict.finding} {verdict.advice} Then run prescribe again.", _why(before)
         )
     if only_the_last_is_trained(model):
         advice = (
@@ -132,7 +132,7 @@ def prescribe(
 
 
 class _Tools:
-    """What every copy is measured with."""
+    """Measurement and training of copies, with the same data, steps and seed."""
 
     def __init__(self, subject: Subject, steps: int, seed: int):
         self.subject, self.steps, self.seed = subject, steps, seed
@@ -143,7 +143,7 @@ class _Tools:
         return self.measure(one.name, one.code, changed)[0]
 
     def by_hand(self, one: Candidate) -> str:
-        """How a remedy is done without this function, and where."""
+        """Describe how and where to apply a remedy by hand."""
         places = ""
         if one.places is not None:
             with random_state_kept(self.seed), as_written():
@@ -159,7 +159,7 @@ class _Tools:
         return Remedy(name, code, state, fall, flow.loss, reached, rate, verdict.reason), verdict
 
     def train(self, model: nn.Module) -> tuple[float, str]:
-        """The lowest loss after the steps, and the rate that reached it."""
+        """Train copies at each rate. Returns the lowest loss after the steps, and its rate."""
         best = math.inf, ""
         for name, optimizer, rate in RATES:
             with random_state_kept(self.seed), torch.enable_grad(), as_written():
@@ -189,7 +189,7 @@ class _Tools:
 
 
 def _rank(remedy: Remedy) -> tuple[bool, float, float]:
-    """A healthy flow first; then what was reached, then how little the gradient changes."""
+    """Sort key: a healthy flow first, then the loss reached, then the size of the fall."""
     fall = math.inf if remedy.fall_decades is None else abs(remedy.fall_decades)
     reached = remedy.reached if remedy.reached is not None else fall
     return remedy.state != "healthy", reached, fall
@@ -224,7 +224,7 @@ def _advice(before: Remedy, tried: list[Remedy]) -> tuple[str, list[Remedy]]:
 
 
 def _lower(lowest: Remedy | None, than: Remedy) -> str:
-    """A second sentence where something else brings the loss down much faster."""
+    """A second sentence if another remedy lowers the loss much faster, otherwise ''."""
     if lowest is None or lowest is than or than.reached is None or lowest.reached is None:
         return ""
     further = than.loss - lowest.reached > 2 * (than.loss - than.reached)
@@ -238,7 +238,7 @@ def _lower(lowest: Remedy | None, than: Remedy) -> str:
 
 
 def _why(before: Remedy) -> tuple[str, ...]:
-    """The reason for the flow as it is, where it is in trouble."""
+    """The reason for the state of the unedited network, if it is not healthy."""
     return (f"As it is: {before.reason}.",) if before.state != "healthy" else ()
 
 

@@ -1,4 +1,4 @@
-"""Candidate remedies: initialisations, norms, shortcuts, scaled branches; each changes a copy."""
+"""Candidate remedies, each applied to a copy: initialisations, norms, shortcuts, scaled branches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skipscope.shortcuts import add_shortcuts, find_shortcuts
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to try.
+    """A remedy to try.
 
     Attributes:
         name: in words.
@@ -49,15 +49,16 @@ _BLOCKS = Candidate(
 
 
 def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none") -> list[Candidate]:
-    """What to try on a network.
+    """Remedies to try on a network.
 
     Args:
-        shortcuts: how many it has.
-        normed: whether there is a norm for most of its layers.
-        cause: of its trouble.
+        shortcuts: number of its shortcuts.
+        normed: whether most of its layers have a norm.
+        cause: cause in its verdict.
     """
     he = Candidate(
-        "He initialisation", "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
+        "He initialisation",
+        "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
         partial(_initialised, nn.init.kaiming_normal_),
         means="random weights of standard deviation sqrt(2 / inputs), made for ReLU",
     )  # fmt: skip
@@ -80,7 +81,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
     ]
     if cause == "head":
         found.insert(
-            0, Candidate("the last layer initialised anew", "last_layer.reset_parameters()", _fresh_head)
+            0, Candidate("the last layer reinitialised", "last_layer.reset_parameters()", _fresh_head)
         )
     if not normed:
         found.append(
@@ -101,7 +102,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
                       lambda model, inputs: _scaled_branches(model, inputs, 0.0),
                       means="each block begins as its shortcut alone, and learns its branch"),
         ]  # fmt: skip
-    # Around layers with norms the usual form is a block, and its branch needs no further norm.
+    # Layers with norms usually form residual blocks, whose branch needs no further norm.
     kinds = ("depth-scaled", "highway", "rezero")
     found += [_BLOCKS] if normed else []
     found += [
@@ -130,7 +131,7 @@ def _maps(model: nn.Module) -> list[nn.Module]:
 
 
 def _hidden(model: nn.Module) -> list[nn.Module]:
-    """The maps whose weights are trained, without the last one, whose output is no activation's input."""
+    """Linear and convolution layers with trained weights, except the last, which gives the output."""
     found = _maps(model)[:-1]
     if not found:
         raise SkipscopeError("prescribe", "the model has no hidden linear map or convolution of torch's own")
@@ -141,12 +142,12 @@ def _hidden(model: nn.Module) -> list[nn.Module]:
 
 
 def frozen(model: nn.Module) -> int:
-    """How many maps are frozen."""
+    """Number of frozen linear and convolution layers."""
     return sum(_is_frozen(m) for m in model.modules() if isinstance(m, MAPS))
 
 
 def only_the_last_is_trained(model: nn.Module) -> bool:
-    """Whether every map is frozen but the last one, as under a linear probe."""
+    """Whether every layer but the last is frozen, as in a linear probe."""
     maps = [m for m in model.modules() if isinstance(m, MAPS)]
     inside = {id(p) for m in maps for p in m.parameters()}
     adapters = any(p.requires_grad and p.ndim > 1 for p in model.parameters() if id(p) not in inside)
@@ -154,24 +155,24 @@ def only_the_last_is_trained(model: nn.Module) -> bool:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    # Not ``module.weight``: a parametrization computes that, and may move its own state (spectral norm).
+    # Reading ``module.weight`` would run a parametrization, which may change its state (spectral norm).
     return not any(p.requires_grad for name, p in module.named_parameters() if not name.endswith("bias"))
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """The linear map of Hugging Face's GPT-2, whose weight is ``[in, out]``."""
+    """Whether a module is the linear layer of Hugging Face's GPT-2, whose weight is ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) is not None
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight as torch has it: ``[out, in, ...]``."""
+    """The weight in torch's layout, ``[out, in, ...]``."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if _is_transposed(module) else weight
 
 
 @torch.no_grad()
 def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -> nn.Module:
-    """Hidden maps by ``rule``; the last one stays."""
+    """Initialise the hidden layers with ``rule``; the last layer is not changed."""
     for module in _hidden(model):
         rule(_matrix(module))
         if module.bias is not None:
@@ -180,10 +181,10 @@ def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -
 
 
 def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
-    """The last map as torch initialises it."""
+    """Initialise the last layer with torch's default."""
     last = _maps(model)[-1]
     if _is_transposed(last):
-        raise SkipscopeError("prescribe", "the last layer is none of torch's own")
+        raise SkipscopeError("prescribe", "the last layer is not one of torch's layers")
     if not last.weight.requires_grad:  # type: ignore[union-attr]
         raise SkipscopeError("prescribe", "the last layer is frozen, and is left alone")
     last.reset_parameters()  # type: ignore[operator]
@@ -217,7 +218,7 @@ def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def _normed(model: nn.Module, inputs: Any) -> nn.Module:
-    """A norm after every map but the last, where the map stands in a container that only calls it."""
+    """Add a norm after every layer but the last, if the layer's container only calls its children in turn."""
     last, done = _maps(model)[-1], 0
     for container in list(model.modules()):
         if not isinstance(container, nn.Sequential | nn.ModuleList):
@@ -243,7 +244,7 @@ def _norm_for(module: nn.Module) -> nn.Module:
 
 
 def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
-    """Shortcuts of a kind around layers that are trained: a frozen one could not adapt to its new input."""
+    """Add shortcuts of a kind around trained layers; a frozen layer could not adapt to its new input."""
     depth, frozen_stretches = 0, 0
 
     def count(branch: nn.Module) -> nn.Module:
@@ -270,7 +271,7 @@ def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def _shortcut_places(model: nn.Module, inputs: Any) -> str:
-    """Which layers ``add_shortcuts`` goes around, and where it does not because the shape changes."""
+    """Describe the layers that ``add_shortcuts`` bypasses, and those where the shape changes."""
     lines: list[tuple[str, str]] = []
     add_shortcuts(model, inputs, report=lambda line: lines.append(tuple(line.split(": ", 1))))  # type: ignore[arg-type]
     modules = dict(model.named_modules())
@@ -288,7 +289,7 @@ def _shortcut_places(model: nn.Module, inputs: Any) -> str:
 
 @torch.no_grad()
 def _scaled_branches(model: nn.Module, inputs: Any, factor: float) -> nn.Module:
-    """The last map of each branch times ``factor``: norms before it cannot undo it."""
+    """Multiply the last layer of each branch by ``factor``, which norms before it cannot undo."""
     modules, done = dict(model.named_modules()), set()
     for shortcut in find_shortcuts(model, inputs):
         ends = [

@@ -1,9 +1,9 @@
-"""Residual blocks as He et al. 2015 (arXiv 1512.03385) write them, around layers that a norm follows.
+"""Residual blocks as in He et al. 2015 (arXiv 1512.03385), built from layers followed by a norm.
 
     y = act(F(x) + x),    F = norm(layer(act(norm(layer(x)))))
 
-The addition stands between the last norm and its activation: after it the stream could only grow. Where F
-changes the shape, x passes a 1 x 1 convolution (a linear map) with the stride of F, and a norm.
+The addition is between the last norm and its activation; after the activation the stream could only grow. If
+F changes the shape, x passes a 1 x 1 convolution (or a linear layer) with the stride of F, and a norm.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ NORMS = (
     nn.RMSNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
-# The branch of a block has so many layers at least; a shortcut around one is close to a linear map.
+# Fewest layers in the branch of a block; a shortcut around a single layer is close to a linear map.
 LAYERS = 2
-# A module of the user's own that holds more layers than this is a stage, not a layer.
+# A custom module with more layers than this is a stage, not a layer.
 MOST_LAYERS = 3
-# So many places are named one by one.
+# Most places that are named one by one.
 MOST_NAMED = 8
 
 
 class ResidualBlock(nn.Module):
-    """``act(F(x) + W x)``, W the identity where shapes agree.
+    """``act(F(x) + W x)``, where W is the identity if shapes agree.
 
     Attributes:
-        bypass: False while it is checked that the regrouped network computes what it did.
+        bypass: whether ``W x`` is added; False while checking that the regrouped network is unchanged.
     """
 
     def __init__(self, branch: nn.Module, projection: nn.Module, activation: nn.Module):
@@ -50,30 +50,30 @@ class ResidualBlock(nn.Module):
         self.branch, self.projection, self.activation, self.bypass = branch, projection, activation, False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the shape that the branch gives."""
+        """Return the output, in the shape of the branch's output."""
         y = self.branch(x)
         return self.activation(y + self.projection(x) if self.bypass else y)
 
 
 def residual_blocks(model: nn.Module, inputs: Any) -> nn.Module:
-    """Build the blocks into a copy of a network.
+    """Build residual blocks into a copy of a network.
 
     Raises:
-        SkipscopeError: no two layers with a norm each follow one another in a container.
+        SkipscopeError: no container has two consecutive layers that each have a norm.
     """
     _Builder(model, inputs).build()
     return model
 
 
 def block_places(model: nn.Module, inputs: Any) -> str:
-    """Where ``residual_blocks`` puts its blocks in a copy, and which layers it leaves as they are."""
+    """Describe where ``residual_blocks`` puts blocks, and which layers it does not change."""
     builder = _Builder(model, inputs)
     builder.build()
     return in_words(builder.built, builder.left)
 
 
 def in_words(around: list[str], left: dict[str, str]) -> str:
-    """Which layers a shortcut goes around, and which stay as they are, and why."""
+    """Sentences on the layers that shortcuts bypass, and on those that are not changed, with reasons."""
     some = [f"{name} ({why})" for name, why in left.items()]
     return f"Around {_few(around)}." + (f" As they are: {_few(some)}." if some else "")
 
@@ -85,23 +85,24 @@ def _few(names: list[str]) -> str:
 
 
 def is_normed(model: nn.Module) -> bool:
-    """Whether there is a norm for most hidden maps, so that residual blocks are the usual shortcut."""
+    """Whether most hidden layers have a norm, so that residual blocks are the usual shortcut."""
     hidden = sum(isinstance(m, MAPS) for m in model.modules()) - 1
     return 2 * sum(isinstance(m, NORMS) for m in model.modules()) > hidden > 0
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Children of a container that are one layer: maps, the norm of each, the activation and dropout.
+    """Children of a container that form a layer: linear or convolution, norm, activation and dropout.
 
     Attributes:
-        names: of the children, without the dropout after them.
+        names: names of the children, without the dropout after them.
         whole: the children themselves.
-        modules: without the last activation and the dropout after it, where they can be moved.
-        activation: those; None where they cannot be moved, or there are none.
-        maps: the maps inside.
-        before, after: shapes.
-        dropouts: children after it that drop, by name; inside a block they stay on its branch.
+        modules: the children without the last activation and the dropout after it, if these can be moved.
+        activation: the last activation with its dropout, or None if there is none or it cannot be moved.
+        maps: linear and convolution modules inside.
+        before: shape of the input.
+        after: shape of the output.
+        dropouts: dropout children after the unit, by name; inside a block they stay on its branch.
     """
 
     names: tuple[str, ...]
@@ -119,7 +120,7 @@ class _Unit:
 
     @property
     def inside(self) -> list[nn.Module]:
-        """What it is on a branch that goes on after it."""
+        """Modules of the unit on a branch that continues after it."""
         return [*self.whole, *(module for _, module in self.dropouts)]
 
     @property
@@ -128,19 +129,19 @@ class _Unit:
 
     @property
     def is_depthwise(self) -> bool:
-        """Each channel for itself: the map that mixes them follows, and belongs to it."""
+        """Whether the last convolution is grouped, so that the next, which mixes channels, belongs to it."""
         return getattr(self.maps[-1], "groups", 1) > 1
 
 
 @dataclass
 class _Builder:
-    """Builds blocks into a model, container by container.
+    """Builder of residual blocks in a model, container by container.
 
     Attributes:
-        built: where blocks are.
-        left: by place, why a layer with a norm has none.
-        first: the maps that no other comes before.
-        last: the map that runs last: what it gives is the output.
+        built: paths of the blocks.
+        left: path -> why a layer with a norm is in no block.
+        first: linear and convolution modules that no other precedes.
+        last: linear or convolution module that runs last and gives the output.
     """
 
     model: nn.Module
@@ -184,20 +185,20 @@ class _Builder:
         return "no two layers with a norm each follow one another in a Sequential or ModuleList"
 
     def _note(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        """A shape that is not one tensor in, one out, or that changes from call to call, is none."""
+        """Note the shapes of a call; modules with several tensors or changing shapes are excluded."""
         single = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
         shapes = (args[0].shape, output.shape) if single else None
         self.shapes[path] = shapes if self.shapes.get(path, shapes) == shapes else None
         if isinstance(module, MAPS):
             self.last = module
-            # All weights require gradients here: no layer comes before this one.
+            # All weights require gradients here, so an input without gradient has no layer before it.
             if single and not args[0].requires_grad:
                 self.first.add(module)
 
     def _outputs(self) -> list[Tensor]:
         flags = {module: module.training for module in self.model.modules()}
         try:
-            # Batch statistics and dropout apart, the same input must give the same output twice.
+            # Without batch statistics and dropout, the same input must give the same output twice.
             with torch.enable_grad():  # the model may differentiate inside
                 return tensors_in(call_model(self.model.eval(), self.inputs))
         finally:
@@ -205,7 +206,7 @@ class _Builder:
                 module.training = training
 
     def _build_in(self, container: Any, path: str, expected: list[Tensor]) -> list[str]:
-        """Put blocks into one container; returns the paths of the children inside them."""
+        """Put blocks into a container. Returns the paths of the children inside them."""
         before, blocks, kept = dict(container._modules), [], []
         for run in self._runs(container, path):
             for units in _grouped(run):
@@ -231,7 +232,7 @@ class _Builder:
         return kept
 
     def _runs(self, container: Any, path: str) -> Iterator[list[_Unit]]:
-        """Units that follow one another, without the first layer of the network and frozen ones."""
+        """Runs of consecutive units, without the first layer of the network and frozen layers."""
         names, run = list(container._modules), list[_Unit]()
         while names:
             unit = self._unit(container, path, names)
@@ -254,7 +255,7 @@ class _Builder:
         yield run
 
     def _unit(self, container: Any, path: str, names: list[str]) -> _Unit | None:
-        """The layer that begins with the first of these children."""
+        """The unit that begins with the first of these children, or None."""
         children = [container._modules[name] for name in names]
         if isinstance(container, nn.Sequential) and isinstance(children[0], MAPS):
             parts = _parts(children)
@@ -276,19 +277,19 @@ class _Builder:
         return _Unit(tuple(names[:taken]), whole, tuple(modules), activation, maps, ends[0][0], ends[1][1])
 
     def _reason(self, unit: _Unit) -> str:
-        """Why a layer is in no block, or ""."""
+        """Why a unit cannot be in a block, or ""."""
         if self.first.intersection(unit.maps):
             return "the first layer"
         if self.last in unit.maps:
             return "the last layer"
-        # Not ``weight``: a parametrization computes it.
+        # Reading ``weight`` would run a parametrization.
         if not any(p.requires_grad for m in unit.maps for p in m.parameters()):
             return "frozen"
         return ""
 
 
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
-# They change the shape, or squash whole rows.
+# Modules that change the shape or normalise whole rows.
 _NO_ACTIVATIONS = (nn.GLU, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.MultiheadAttention)
 
 
@@ -298,7 +299,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _parts(children: list[nn.Module]) -> tuple[list[nn.Module], nn.Module | None] | None:
-    """A map, its norm, and the activation after it, at the beginning of these; None where no norm follows."""
+    """The layer, norm and activation at the beginning of these children, or None if no norm follows."""
     if len(children) < 2 or not isinstance(children[0], MAPS):
         return None
     if _is_activation(children[1]) and len(children) > 2 and isinstance(children[2], NORMS):
@@ -310,14 +311,14 @@ def _parts(children: list[nn.Module]) -> tuple[list[nn.Module], nn.Module | None
 
 
 def _inside(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None] | None:
-    """A child that is a layer in itself: a Sequential of maps with norms, or a module of the user's own."""
+    """A child that is a unit by itself: a Sequential of layers with norms, or a custom module; or None."""
     kinds = [isinstance(m, MAPS) for m in module.modules() if isinstance(m, MAPS + NORMS)]
     if not 0 < sum(kinds) <= MOST_LAYERS or all(kinds):
         return None
     if isinstance(module, nn.ModuleList):
         return None
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        # Its code may call the activation by name: that one cannot be moved.
+        # Custom code may call the activation by name, so it cannot be moved.
         return [module], None
     children = list(module._modules.items())
     end = len(children)
@@ -331,13 +332,13 @@ def _inside(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None] | Non
 
 
 def _grouped(run: list[_Unit]) -> list[list[_Unit]]:
-    """Two layers a block, three where one would be left over; a block begins where the shape changes."""
+    """Group two layers per block, or three if one is left over; a change of shape begins a new block."""
     size = lambda units: sum(len(unit.maps) for unit in units)  # noqa: E731
     segments: list[list[list[_Unit]]] = []
     for item in _with_depthwise(run):
         block = segments[-1][-1] if segments else []
         changes = item[0].before != item[-1].after
-        # A layer that is left over before the shape changes joins the block before it instead.
+        # A single layer left before a change of shape joins the previous block.
         if segments and size(block) < LAYERS and not (changes and len(segments[-1]) > 1):
             block += item
         elif segments and not changes:
@@ -353,7 +354,7 @@ def _grouped(run: list[_Unit]) -> list[list[_Unit]]:
 
 
 def _with_depthwise(run: list[_Unit]) -> list[list[_Unit]]:
-    """Units, each depthwise one together with that which mixes its channels."""
+    """Group each depthwise unit with the unit that mixes its channels."""
     items: list[list[_Unit]] = []
     for unit in run:
         if items and items[-1][-1].is_depthwise:
@@ -364,7 +365,7 @@ def _with_depthwise(run: list[_Unit]) -> list[list[_Unit]]:
 
 
 def _block(units: list[_Unit]) -> ResidualBlock | str:
-    """The module in place of these layers, or why there is none."""
+    """Build the block that replaces these units, or return the reason why it cannot be built."""
     last = units[-1]
     if sum(len(unit.maps) for unit in units) < LAYERS:
         return "one layer alone"
@@ -376,11 +377,11 @@ def _block(units: list[_Unit]) -> ResidualBlock | str:
 
 
 def _projection(units: list[_Unit]) -> nn.Module | None:
-    """A 1 x 1 convolution or linear map with the last norm's kind; None where no stride gives the shape."""
+    """A 1 x 1 convolution or linear layer with a norm like the last, or None if no stride gives the shape."""
     before, after = units[0].before, units[-1].after
     if before == after:
         return nn.Identity()
-    # Not of the last map: a gate over the channels may be linear in a block of convolutions.
+    # The first module decides: a gate over the channels may be linear in a block of convolutions.
     maps = [m for unit in units for m in unit.maps]
     kind = next(stock for stock in MAPS if isinstance(maps[0], stock))
     weight = next(maps[0].parameters())

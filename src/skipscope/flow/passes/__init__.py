@@ -1,1 +1,1 @@
-"""Forward and backward passes whose gradients are read, before any judgement."""
+"""Forward and backward passes that read gradients and activations."""

@@ -1,7 +1,7 @@
-"""One forward and one backward pass, read where it crosses the boundaries: readings, before any judgement.
+"""Forward and backward passes that read gradients and activations at the boundaries.
 
-The backward pass is seeded with 1 / |dL/d(output)|, so that a factor on the loss cancels; every reading is
-brought back to the loss's own units in Python's float64, so that batches can be added up.
+The backward pass is seeded with 1 / |dL/d(output)|, so that a factor on the loss cancels. Every reading is
+converted back to the units of the loss in float64, so that batches can be added.
 """
 
 from __future__ import annotations
@@ -34,24 +34,29 @@ from skipscope.flow.passes._tensor_norms import dense, is_zero, norm_of, similar
 from skipscope.shortcuts import tap_boundaries
 from skipscope.shortcuts.trace import recording
 
-# Called with (i, activation) at boundary i; what it returns takes the activation's place.
+# Called with (i, activation) at boundary i; the result replaces the activation.
 Touch = Callable[[int, Tensor], Tensor]
 Tap = Callable[[Touch], AbstractContextManager[Any]]
 
 
 def measure(
-    subject: Subject, model: nn.Module | None = None, data: Batches | None = None, *, scale: float = 1.0,
-    term: str = "", each: Callable[[Readings], None] | None = None,
-) -> Readings:  # fmt: skip
+    subject: Subject,
+    model: nn.Module | None = None,
+    data: Batches | None = None,
+    *,
+    scale: float = 1.0,
+    term: str = "",
+    each: Callable[[Readings], None] | None = None,
+) -> Readings:
     """Read gradients and activations at boundaries, and the gradient of every weight, over all batches.
 
     Args:
-        subject: what is measured; the caller runs this inside ``subject.running``.
-        model: a copy that is run in the model's place.
-        data: batches in place of the subject's.
-        scale: by which training multiplies the loss (a GradScaler's).
-        term: the term of the loss whose gradient is read alone; batches without it are left out.
-        each: called with the readings of each batch.
+        subject: subject to measure; the caller runs this inside ``subject.running``.
+        model: copy to run instead of the subject's model.
+        data: batches to use instead of the subject's data.
+        scale: loss scale of the training (of a GradScaler).
+        term: term of the loss whose gradient is read alone; batches without this term are left out.
+        each: function called with the readings of each batch.
     """
     model = model or subject.model
     empty = partial(Readings.empty, len(subject.boundaries), _weights(model))
@@ -84,7 +89,7 @@ def _weights(model: nn.Module) -> dict[str, bool]:
 
 
 def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batch, float]]:
-    """Each batch with its share in the mean over batches (1 each where the loss is a sum)."""
+    """Each batch with its share in the mean over batches, or with 1 if the loss is a sum."""
     if data.single or loss.sums:
         return [(batch, 1.0) for batch in data]
     weighed = [(batch, float(loss.weight(batch))) for batch in data]
@@ -102,9 +107,9 @@ def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batc
 class _Arrivals:
     """Readings of the hooks on activations.
 
-    It holds no tensor of the graph: autograd's nodes keep their hooks alive, and
-    Python's garbage collector does not see into autograd's nodes, so a hook that led back to the loss would
-    keep the whole graph, the batch and the model for ever.
+    It holds no tensor of the graph. Autograd's nodes keep their hooks alive, and Python's garbage collector
+    does not see into these nodes, so a hook with a reference to the loss would leak the whole graph, the
+    batch and the model.
     """
 
     def __init__(self, readings: list[Reading], share: float, scale: float, samples: int):
@@ -113,10 +118,10 @@ class _Arrivals:
         self.unit: float | None = None  # what one unit of a gradient is worth, once the seed is known
 
     def hook(self, i: int, activation: Tensor) -> Callable[[Tensor | None], None]:
-        """The hook on the activation at boundary ``i``; what it holds of it is no part of the graph."""
+        """Make the hook for the activation at boundary ``i``; it holds no reference to the graph."""
 
         def arrive(gradient: Tensor | None) -> None:
-            # The hooks also run while the seed is being found.
+            # The hooks also run while the seed is being computed.
             if self.unit is not None and gradient is not None:
                 unit, reading = self.unit * self.share, self.readings[i]
                 reading.add(gradient, unit, self.unit * self.scale, self.samples)
@@ -129,7 +134,7 @@ class _Arrivals:
 
 
 class _Pass:
-    """Forward and backward over one batch."""
+    """Forward and backward pass over a batch."""
 
     term = ""
 
@@ -141,7 +146,7 @@ class _Pass:
         samples = batch_size(self.batch)
         self.arrivals = _Arrivals(self.readings.gradients, share, scale, samples)
         self.leaves: list[Tensor] = []
-        # What a DTensor's calls are made of is not the model's code: under FSDP2 there are boundaries only.
+        # Calls inside a DTensor are not the model's code, so under FSDP2 only boundaries are read.
         self.sites = None if ranks_of(model) else SiteReader(model)
         self.values: dict[int, int] = {}
         self.trained: dict[str, nn.Parameter] = {}
@@ -164,9 +169,9 @@ class _Pass:
         return touched
 
     def leaf(self, i: int, activation: Tensor) -> Tensor:
-        """A leaf with a hook on it, made to require a gradient where it does not.
+        """Hook a leaf, after making it require a gradient if necessary.
 
-        Autograd goes back to a leaf only where it is asked for; some objectives make their inputs leaves.
+        Autograd only reaches a leaf if its gradient is requested; some objectives make their inputs leaves.
         """
         if not torch.is_grad_enabled():
             return activation
@@ -188,8 +193,7 @@ class _Pass:
                 if not value.requires_grad:
                     raise no_gradient("gradient_flow", self.model)
                 self.at_output = output_gradient(value, outputs[-1] if outputs else None, accumulate)
-                # Where weights are spread over ranks their gradient is the mean over ranks: all have one
-                # seed.
+                # The gradient of sharded weights is the mean over ranks, so all ranks need the same seed.
                 size = greatest(self.model, self.at_output) if self.sites is None else self.at_output
                 seed = seed_for(size, value.dtype)
                 self.arrivals.unit = 1.0 / seed
@@ -201,11 +205,11 @@ class _Pass:
         self.finish(weights, value, accumulate)
 
     def forward(self, tap: Tap) -> Tensor | None:
-        """The loss, or its term; None where this batch has no such term."""
+        """Run the forward pass. Returns the loss or its term, or None if this batch has no such term."""
         with ExitStack() as stack:
             if self.sites is not None:
-                # The recorder is the outer of the two: the tap finds its calls by the frames between it and
-                # the model.
+                # The recorder must be outside of the tap, which finds its calls by the frames between the tap
+                # and the model.
                 recorder = stack.enter_context(recording(self.model, self.sites, gradients=True))
                 self.sites.recorder = recorder
                 recorder.note_inputs(self.batch)
@@ -237,7 +241,7 @@ class _Pass:
         return value
 
     def backward(self, value: Tensor, seed: float, accumulate: bool) -> dict[str, Tensor]:
-        """Compute the parameters' gradients; ``torch.autograd.grad`` runs no optimizer in a hook."""
+        """Compute the parameters' gradients; ``torch.autograd.grad`` runs no post-accumulate hooks."""
         self.trained = named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if accumulate:
             with accumulation_hooks_off(list(named.values())):
@@ -245,7 +249,7 @@ class _Pass:
             return {name: p.grad for name, p in named.items() if p.grad is not None}
         gradients = seeded(value, [*named.values(), *self.leaves], seed)
         found = {name: g for name, g in zip(named, gradients) if g is not None}
-        # A reversible Function goes back through its modules itself, and leaves their gradients in .grad.
+        # A reversible Function runs its own backward pass, which leaves gradients of its modules in .grad.
         inside = {name: p.grad for name, p in named.items() if name not in found and p.grad is not None}
         for name in inside:
             named[name].grad = None
@@ -266,12 +270,12 @@ class _Pass:
 
 
 def _alone(whole: Tensor, summands: list[Tensor]) -> Tensor:
-    """The sum of some of a loss's summands, each times what it counts for in the loss."""
+    """Sum some summands of a loss, each times its factor in the loss."""
     factors = torch.autograd.grad(whole.sum(), summands, retain_graph=True, allow_unused=True)
     parts = [(one * factor).sum() for one, factor in zip(summands, factors) if factor is not None]
     return torch.stack(parts).sum() if parts else whole * 0
 
 
 def _as_data(tensor: Tensor) -> Tensor:
-    """Where the data come from is not asked: no gradient goes into what they were made of."""
+    """Detach a tensor of the data, so that no gradient reaches the graph that produced it."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,4 +1,4 @@
-"""What was read of gradients, activations and weights, added up over batches in Python's float64."""
+"""Readings of gradients, activations and weights, summed over batches in float64."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from skipscope.flow.passes._tensor_norms import (
 
 @dataclass
 class Reading:
-    """What was read of one tensor over all batches: of a gradient, or of an activation.
+    """Readings of a gradient or an activation over all batches.
 
     Attributes:
         norm: L2 norm.
-        relative: L2 norm of the gradient times the activation, element by element: a norm layer's scale has
-            no part in it, nor have positions where the activation is 0 (blank patches, padding).
-        elements, zeros: how many there are, and of a gradient how many of them are 0.
-        lost: elements that training, with its own scale of the loss, would flush to zero.
-        samples: log10 of each sample's norm; empty where not known.
+        relative: L2 norm of the elementwise product of gradient and activation, which does not depend on the
+            scale of a norm layer, nor on positions where the activation is 0 (blank patches, padding).
+        elements: number of elements.
+        zeros: number of elements of a gradient that are 0.
+        lost: number of elements that would be flushed to zero in training, with its loss scale.
+        samples: log10 of the norm of each sample; empty if not known.
     """
 
     norm: float = 0.0
@@ -46,13 +47,13 @@ class Reading:
     samples: list[float] = field(default_factory=list)
 
     def add(self, value: Tensor, unit: float = 1.0, training_unit: float = 1.0, samples: int = 0) -> None:
-        """Take in a tensor.
+        """Add a tensor.
 
         Args:
-            value: any shape, dense or sparse.
-            unit: what one unit of it is worth in what is reported.
-            training_unit: what one unit of it is worth in training, scaled as the user's GradScaler scales.
-            samples: of a gradient how many samples the batch has; 0 for an activation, whose zeros are not
+            value: tensor of any shape, dense or sparse.
+            unit: factor from its units to reported units.
+            training_unit: factor from its units to those of training with the user's GradScaler.
+            samples: number of samples of the batch for a gradient; 0 for an activation, whose zeros are not
                 counted.
         """
         value = dense(value.detach())
@@ -70,7 +71,7 @@ class Reading:
         if len(by_sample):
             with np.errstate(divide="ignore"):  # of 0 it is minus infinity
                 self.samples += (np.log10(by_sample) + math.log10(unit)).tolist()
-        # Below, it is rounded to 0.
+        # Smaller values would be rounded to 0.
         floor = 0.5 * least(value.dtype) / training_unit if training_unit else 0.0
         if floor > smallest_normal(value.dtype):
             self.lost += int(((value.abs() < floor) & (value != 0)).sum())
@@ -94,13 +95,13 @@ class Reading:
 
     @property
     def all_zero(self) -> bool:
-        """Something arrived, and it was nothing."""
+        """Whether a tensor arrived and all its elements were 0."""
         return self.seen and self.elements > 0 and self.norm == 0
 
 
 @dataclass
 class WeightReading:
-    """The gradient of one weight: its sum over batches, and its RMS in each."""
+    """Gradient of a weight: its sum over batches, and its RMS in each batch."""
 
     trainable: bool
     total: Tensor | None = None  # under FSDP2 this rank's shard: all of them at once would not fit
@@ -109,7 +110,7 @@ class WeightReading:
     _norm: float = 0.0  # of the last batch's gradient
 
     def add(self, gradient: Tensor, unit: float, share: float) -> None:
-        """Add one batch's gradient, times ``unit``, with its ``share`` in the mean over batches."""
+        """Add the gradient of a batch, times ``unit``, with its ``share`` in the mean over batches."""
         gradient = gradient.detach()
         gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
         self._norm = norm_of(whole(gradient))
@@ -117,7 +118,7 @@ class WeightReading:
         self._sum(gradient, unit * share)
 
     def norm(self, total: Tensor) -> float:
-        """L2 norm of the whole ``total``, which of one batch is known."""
+        """L2 norm of ``total``, which is cached for a single batch."""
         return self._norm if len(self.rms) == 1 else norm_of(total)
 
     def merge(self, other: WeightReading) -> None:
@@ -137,26 +138,27 @@ class WeightReading:
 
 @dataclass
 class Readings:
-    """Everything one measurement read, boundary by boundary and weight by weight.
+    """All readings of a measurement, by boundary and by weight.
 
     Attributes:
-        gradients, activations: by boundary.
-        similarities: by boundary, of the first batch.
-        weights: by name, of parameters with two dimensions or more.
+        gradients: readings of gradients by boundary.
+        activations: readings of activations by boundary.
+        similarities: similarity of samples by boundary, for the first batch.
+        weights: name -> reading, for parameters with at least two dimensions.
         output_gradient: |dL/d(output)|.
-        loss, batches, samples: of all data.
-        sites, pools: in order of execution.
-        graph: of the first batch; None where nothing was recorded.
-        calls: by boundary, the number of the call that gave it in the first batch, -1 for an input; and the
-            model's inputs it was computed from, as bits.
+        loss, batches, samples: loss, number of batches and number of samples.
+        sites, pools: weighted calls and pooling calls, in order of execution.
+        graph: call graph of the first batch; None if nothing was recorded.
+        calls: boundary -> index of the call that produced it in the first batch (-1 for an input), and bits
+            of the model's inputs upstream of it.
         cuts: calls of the first batch that let no gradient through.
-        opaque: calls of the first batch that could not be looked into.
-        hidden: the outputs of such calls, in order of execution, of the first batch.
-        single: calls that made queries and keys of attention over one position, in every batch.
-        terms: of the loss, in the first batch; empty where it is one.
-        normed: norms over the data stand between the weights, in the first batch.
-        squashed: an activation function follows the last weights there.
-        moving: parameters that are exactly 0 and get a gradient that is not.
+        opaque: names of opaque calls of the first batch.
+        hidden: outputs of opaque calls of the first batch, in order of execution.
+        single: calls that produced queries and keys of attention over a single position, in every batch.
+        terms: terms of the loss in the first batch; empty if there is only one.
+        normed: whether there are norm layers over the data between the weights, in the first batch.
+        squashed: whether an activation function follows the last weights, in the first batch.
+        moving: parameters that are exactly 0 and have a non-zero gradient.
     """
 
     gradients: list[Reading]
@@ -182,7 +184,7 @@ class Readings:
 
     @classmethod
     def empty(cls, boundaries: int, trainable: dict[str, bool]) -> Readings:
-        """Nothing read yet; ``trainable`` by the name of each weight."""
+        """Make empty readings; ``trainable`` maps the names of the weights."""
         return cls(
             [Reading() for _ in range(boundaries)],
             [Reading() for _ in range(boundaries)],
@@ -215,7 +217,8 @@ class Readings:
             self.hidden, self.single = other.hidden, other.single
             self.normed, self.squashed = other.normed, other.squashed
             return
-        # Of another batch the calls may have other numbers; where all attend to one position, so did these.
+        # Calls of another batch may have other indices. If that batch has such calls, the first batch's are
+        # kept.
         self.single = self.single if other.single else []
         known = {(site.weights, site.step): site for site in self.sites}
         for site in other.sites:

@@ -14,12 +14,12 @@ from skipscope._errors import SkipscopeError
 from skipscope._model_calls import error_text
 from skipscope.flow.passes._gradient_readings import dense, norm_of
 
-# How torch says that re-entrant checkpointing wants .backward(), in older and newer versions.
+# Messages of torch, in older and newer versions, that re-entrant checkpointing needs .backward().
 RE_ENTRANT = ("Checkpointing is not compatible with .grad()", "checkpoint is incompatible with .grad()")
 
 
 def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> float:
-    """|dL/d(output)| over the tensors of ``output`` that the loss is made of; 1 where it cannot be had."""
+    """|dL/d(output)| over the tensors of ``output`` that the loss uses, or 1 if it cannot be computed."""
     tensors = [
         t for t in _direct_outputs(output) if t.requires_grad and t is not loss and t.is_floating_point()
     ]
@@ -43,12 +43,12 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
 
 
 def seeded(loss: Tensor, tensors: Sequence[Tensor], seed: float, **options: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of ``seed`` times the loss; with ``grad_outputs=`` torch would import sympy."""
+    """Gradients of ``seed`` times the loss; with ``grad_outputs=`` torch would import sympy."""
     return torch.autograd.grad((loss * seed).sum(), tensors, allow_unused=True, **options)
 
 
 def _direct_outputs(output: Any) -> list[Tensor]:
-    """What the loss is computed from: of an output with a name for it (Hugging Face), the logits."""
+    """Tensors from which the loss is computed: the logits of a Hugging Face output, otherwise all tensors."""
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor):
@@ -57,7 +57,7 @@ def _direct_outputs(output: Any) -> list[Tensor]:
 
 
 def _without_ancestors(tensors: list[Tensor]) -> list[Tensor]:
-    """Leave out tensors that others are computed from (hidden states handed out beside the logits)."""
+    """Leave out tensors upstream of others (hidden states returned with the logits)."""
     nodes = {t.grad_fn: t for t in tensors if t.grad_fn is not None}
     if len(tensors) < 2:
         return tensors
@@ -79,7 +79,7 @@ def _above(node: Any) -> set[Any]:
 
 
 def seed_for(norm: float, dtype: torch.dtype) -> float:
-    """1 / norm as a power of two (no rounding), as far as ``dtype`` can hold it."""
+    """1 / norm, rounded to a power of two to avoid rounding errors, within the range of ``dtype``."""
     if not (math.isfinite(norm) and norm > 0):
         return 1.0
     most = math.floor(math.log2(torch.finfo(dtype).max)) - 1
@@ -87,12 +87,12 @@ def seed_for(norm: float, dtype: torch.dtype) -> float:
 
 
 def wants_backward(error: RuntimeError) -> bool:
-    """Whether torch refuses ``torch.autograd.grad`` because of re-entrant checkpointing."""
+    """Whether an error is torch's refusal of ``torch.autograd.grad`` with re-entrant checkpointing."""
     return any(text in str(error) for text in RE_ENTRANT)
 
 
 def backward_error(operation: str, error: RuntimeError) -> RuntimeError | SkipscopeError:
-    """What to raise for torch's error in a backward pass."""
+    """Convert torch's error in a backward pass to the error to raise."""
     if isinstance(error, torch.OutOfMemoryError):
         return error
     if wants_backward(error):  # the graph between a fork and its merge is needed and hidden
@@ -105,6 +105,7 @@ def backward_error(operation: str, error: RuntimeError) -> RuntimeError | Skipsc
             ),
         )
     return SkipscopeError(
-        operation, f"the backward pass fails ({error_text(error)})",
+        operation,
+        f"the backward pass fails ({error_text(error)})",
         cure="loss.backward() on this batch fails alike: mend the model first",
-    )  # fmt: skip
+    )

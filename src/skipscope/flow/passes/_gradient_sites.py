@@ -1,9 +1,9 @@
-"""Gradients at sites: the output of every weighted call and every pooling, in order of execution.
+"""Gradients at the outputs of weighted calls and pooling calls, in order of execution.
 
-A *weighted call* is a linear map, convolution, lookup or recurrent cell that takes a parameter, or something
-computed from parameters alone (a transposed, normalised or cast weight). Its site is named after the module
-that holds the parameter. Hooks read the gradient of its output; of a fused recurrent layer that of its input,
-step by step, too.
+A *weighted call* is a linear layer, convolution, embedding lookup or recurrent cell whose weight is a
+parameter, or is computed from parameters alone (transposed, normalised or cast). Its site is named after the
+module with the parameter. Hooks read the gradient of its output; for a fused recurrent layer also that of its
+input, by time step.
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ def _words(text: str) -> frozenset[str]:
 
 LOOKUPS = _words("embedding embedding_bag getitem index_select gather")
 FUSED = _words("lstm gru rnn_tanh rnn_relu")
-WEIGHTED = LOOKUPS | FUSED | _words(
-    """
+WEIGHTED = (
+    LOOKUPS
+    | FUSED
+    | _words(
+        """
     linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d
     conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell
     rnn_tanh_cell rnn_relu_cell _grouped_mm grouped_mm
     """
-)  # fmt: skip
-# Averages over positions, and sums over them: both change the gradient's norm by geometry alone.
+    )
+)
+# Averages and sums over positions, which change the gradient's norm only by the number of positions.
 _POOLS = _words(
     """mean sum nansum avg_pool avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d"""
 )
 _LOOKED_AT = WEIGHTED | _POOLS | {"div", "mul"}
 _JOINS = _words("stack cat hstack vstack dstack")
-# Attention over one position gives it all the weight, whatever its queries and keys are.
+# Attention over a single position gives it all the weight, whatever the queries and keys are.
 _ATTENTIONS = _words("softmax scaled_dot_product_attention")
-# A term of the loss may be silent on a batch because of one of these.
+# Functions that may give a term of the loss no gradient on a batch.
 _CLAMPS = _words(
     "clamp clamp_min clamp_max relu maximum minimum max min amax amin where hinge_embedding_loss "
     "margin_ranking_loss triplet_margin_loss multi_margin_loss cosine_embedding_loss"
@@ -54,21 +58,21 @@ _CLAMPS = _words(
 
 @dataclass
 class SiteReading:
-    """The gradient at one site over all batches.
+    """Gradient at a site over all batches.
 
     Attributes:
-        name: of the module whose weight it is.
-        function: of the call.
-        weights: the names of the parameters in it.
-        step: how many calls with the same weights came before.
-        order: number of the call in the first batch's trace; -1 where it was not called there.
-        trained: whether one of the parameters requires a gradient.
-        squares: of the gradient's norm, added over batches in the loss's own units.
-        elements: of the gradient.
-        finite: whether all of it is.
+        name: name of the module with the weight.
+        function: function of the call.
+        weights: names of its parameters.
+        step: number of earlier calls with the same weights.
+        order: index of the call in the trace of the first batch; -1 if it was not called there.
+        trained: whether any of the parameters requires a gradient.
+        squares: squared norm of the gradient, summed over batches in units of the loss.
+        elements: number of elements of the gradient.
+        finite: whether all its elements are finite.
         seen: whether any gradient arrived.
-        steps: of a fused recurrent layer, the squares of dL/d(input), step by step.
-        step_elements: and of how many elements.
+        steps: squared norms of dL/d(input) of a fused recurrent layer, by time step.
+        step_elements: numbers of elements of these gradients.
     """
 
     name: str
@@ -85,7 +89,7 @@ class SiteReading:
     step_elements: list[int] = field(default_factory=list)
 
     def add(self, gradient: Tensor, unit: float) -> None:
-        """Take in one gradient."""
+        """Add a gradient."""
         gradient = dense(gradient.detach())
         norm = norm_of(gradient) if gradient.numel() else 0.0
         self.seen, self.finite = True, self.finite and math.isfinite(norm)
@@ -93,7 +97,7 @@ class SiteReading:
         self.squares = math.hypot(math.sqrt(self.squares), norm * unit) ** 2
 
     def add_steps(self, rows: list[Tensor], unit: float) -> None:
-        """Take in dL/d(input), step by step."""
+        """Add dL/d(input), by time step."""
         self._extend(len(rows))
         for t, row in enumerate(rows):
             self.steps[t] += (norm_of(row) * unit) ** 2
@@ -122,15 +126,15 @@ class SiteReading:
 
 @dataclass
 class PoolReading:
-    """The gradient before and after one average over positions.
+    """Gradient at the input and at the output of an average over positions.
 
     Attributes:
-        order: number of the call.
-        function: of the call.
-        positions: how many elements go into one.
-        into: norm of the whole gradient at what it takes.
-        out: norm of the gradient at what it gives.
-        measured: both are read; else no gradient runs, and disjoint averages are taken for granted.
+        order: index of the call.
+        function: function of the call.
+        positions: number of input elements per output element.
+        into: norm of the gradient at the input.
+        out: norm of the gradient at the output.
+        measured: whether both norms are read; otherwise, without gradients, disjoint averages are assumed.
     """
 
     order: int
@@ -142,10 +146,10 @@ class PoolReading:
 
     @property
     def decades(self) -> float:
-        """Decades that the gradient's norm loses in it; negative where it gains."""
+        """Decades that the norm of the gradient loses here; negative if it grows."""
         if not self.measured:
-            # A sum of N makes N copies, whose norm is sqrt(N) times as large; a factor of 1/N follows, or is
-            # in a mean.
+            # The backward pass of a sum over N makes N copies, whose norm is sqrt(N) times as large. A mean
+            # has a further factor of 1/N.
             share = {"sum": -0.5, "nansum": -0.5, "mul": 1.0, "div": 1.0}.get(self.function, 0.5)
             return share * math.log10(self.positions)
         return math.log10(self.out / self.into) if self.into > 0 and self.out > 0 else 0.0
@@ -153,12 +157,12 @@ class PoolReading:
 
 @dataclass
 class CallGraph:
-    """Which call took the results of which, by number.
+    """Graph of the calls of a trace, by index.
 
     Attributes:
-        parents: by call, the calls whose results it took.
-        results: the calls that gave the loss.
-        inputs: by call, the model's inputs that it was computed from, as bits.
+        parents: for each call, the calls whose results it takes.
+        results: calls that produce the loss.
+        inputs: for each call, bits of the model's inputs upstream of it.
     """
 
     parents: list[tuple[int, ...]]
@@ -167,7 +171,7 @@ class CallGraph:
 
     @classmethod
     def of(cls, trace: Trace, results: Iterable[int]) -> CallGraph:
-        """The graph of a trace, and of the values that are its results."""
+        """Build the graph of a trace, with the given values as its results."""
         made = [value.call for value in trace.values]
         bits = [0] * len(trace.values)
         for i, value in enumerate(trace.inputs):
@@ -192,7 +196,7 @@ class CallGraph:
         return -1, 1 << min(trace.inputs.index(value), 60) if value in trace.inputs else 0
 
     def ancestors(self, calls: Iterable[int], without: int = -1) -> set[int]:
-        """Every call that ``calls`` depend on, themselves included, by paths that do not pass ``without``."""
+        """Every call upstream of ``calls``, including these, by paths that do not pass ``without``."""
         seen, waiting = set[int](), [call for call in calls if call != without]
         while waiting:
             call = waiting.pop()
@@ -202,19 +206,20 @@ class CallGraph:
         return seen
 
     def reached(self, without: int = -1) -> set[int]:
-        """Every call that the loss depends on."""
+        """Every call that the loss depends on, by paths that do not pass ``without``."""
         return self.ancestors(self.results, without)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss: one of its summands, or those that one line of code makes with the same weights
-    (the steps of a recurrence).
+    """Term of the loss: a summand, or all summands that a line of code produces with the same weights.
+
+    The steps of a recurrence are an example of the second case.
 
     Attributes:
         name: function and source line.
-        values: the summands, in the trace.
-        clamped: a call that may silence it on a batch is between the last weights and it.
+        values: the summands, as values of the trace.
+        clamped: whether a call after the last weights may give the term no gradient on a batch.
     """
 
     name: str
@@ -222,7 +227,7 @@ class Term:
     clamped: bool
 
 
-# Activation functions, element by element.
+# Elementwise activation functions.
 ACTIVATIONS = _words(
     """
     relu tanh sigmoid gelu silu mish elu selu celu leaky_relu softplus hardtanh hardsigmoid hardswish relu6
@@ -231,25 +236,25 @@ ACTIVATIONS = _words(
 )
 # Norms over the data.
 _NORMS = _words("layer_norm batch_norm group_norm instance_norm rms_norm rsqrt normalize")
-# Weights for each norm, at most, where norms stand between the weights: a transformer block has two and six
-# to eight.
+# Most weights per norm in a network with norms between the weights: a transformer block has two norms and six
+# to eight weights.
 _WEIGHTS_A_NORM = 6
 
 
 class SiteReader:
-    """Listens to a recorder, and hooks the outputs of weighted calls and of pools.
+    """Listener of a recorder that hooks the outputs of weighted calls and of pools.
 
     Args:
-        model: whose parameters are weights.
-        measured: gradients will run; else only what is called is noted.
+        model: model with the weights.
+        measured: whether there will be gradients; otherwise only the calls are recorded.
 
     Attributes:
-        sites, pools: what was read.
-        cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under
-            no_grad).
-        hidden: outputs of calls that cannot be looked into, one for each call.
-        single: numbers of the calls that made queries and keys of attention over one position.
-        unit: what one unit of a gradient is worth; empty until the seed is known.
+        sites, pools: readings of weighted calls and of pools.
+        cuts: calls with an input that requires a gradient and an output that does not (``detach``, or any
+            call under no_grad).
+        hidden: outputs of opaque calls, one for each call.
+        single: indices of the calls that produced queries and keys of attention over a single position.
+        unit: factor from units of the pass to units of the loss; empty until the seed is known.
     """
 
     def __init__(self, model: nn.Module, measured: bool = True):
@@ -270,7 +275,7 @@ class SiteReader:
         self.recorder: Recorder | None = None
 
     def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """Take note of a call."""
+        """Record a call."""
         assert self.recorder is not None
         if self.recorder.trace.hidden and self.measured:
             self._look_for_hidden(self.recorder, args, kwargs)
@@ -310,7 +315,7 @@ class SiteReader:
             self._pool(trace, call, args[0], results[0], n)
 
     def _look_for_hidden(self, recorder: Recorder, args: Any, kwargs: Any) -> None:
-        """Hook what an ``autograd.Function`` gave: it is known as such once something takes it."""
+        """Hook outputs of an ``autograd.Function``, which are recognised when another call takes them."""
         for tensor in tensors_in((args, kwargs)):
             node = tensor.grad_fn
             if not isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -336,9 +341,7 @@ class SiteReader:
         return site
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
-        """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an
-        average.
-        """
+        """Number of summed positions if an operand is a sum (times a constant it is an average), else 0."""
         last = self.pools[-1] if self.pools else None
         if last is None or last.function != "sum":
             return 0.0
@@ -381,18 +384,18 @@ class SiteReader:
         given.register_hook(self._hook(lambda g, u: _raise(pool, "out", g, u)))
 
     def _hook(self, add: Callable[[Tensor, float], None]) -> Callable[[Tensor | None], None]:
-        # Not self: autograd's nodes keep their hooks, and no cycle through them is ever collected.
+        # The hook must not refer to self: autograd's nodes keep hooks alive, and cycles through them leak.
         unit = self.unit
 
         def read(gradient: Tensor | None) -> None:
-            # Hooks run also while the seed is being found.
+            # Hooks also run while the seed is being computed.
             if unit and gradient is not None:
                 add(gradient, unit[0])
 
         return read
 
     def terms(self, value: Tensor) -> list[tuple[Term, list[Tensor]]]:
-        """The terms of the loss with their tensors, in order of execution; empty where it is one."""
+        """The terms of the loss with their tensors, in order of execution; empty if there is only one."""
         assert self.recorder is not None
         trace = self.recorder.trace
         summands = [v for v in trace.addends(self.recorder.value_of(value)) if trace.values[v].from_data]
@@ -421,7 +424,7 @@ class SiteReader:
         return found
 
     def is_normed(self, trace: Trace) -> bool:
-        """Whether norms over the data stand between the weights (no batch norm with running statistics)."""
+        """Whether there are norms over the data between the weights, not counting batch norm in eval mode."""
         norms = sum(
             call.function in _NORMS
             and not (call.function == "batch_norm" and not call.argument(5, "training", True))
@@ -436,7 +439,7 @@ class SiteReader:
         return any(call.function in squashing and call.index in reached for call in trace.calls[last + 1 :])
 
     def forget(self) -> None:
-        """Let go of the recorder and of tensors."""
+        """Release the recorder and tensors."""
         self.recorder = None
         self._scalars.clear()
         self._hidden_nodes.clear()
@@ -450,7 +453,7 @@ class SiteReader:
 
 
 def _is_single(call: TracedCall, args: Any, kwargs: Any) -> bool:
-    """Whether a softmax is over one entry, or an attention has one key."""
+    """Whether a softmax is over a single entry, or an attention has a single key."""
     tensors = tensors_in((args, kwargs))
     if call.function != "softmax":
         return len(tensors) > 1 and tensors[1].shape[-2] == 1
@@ -463,7 +466,7 @@ def _raise(pool: PoolReading, name: str, gradient: Tensor, unit: float) -> None:
 
 
 def _is_joined(trace: Trace, call: int, steps: int = 4) -> bool:
-    """Whether what a call takes was put side by side just before: a sum over that is a merge, no average."""
+    """Whether the input of a call was concatenated just before: a sum over it is a merge, not an average."""
     for value in trace.calls[call].operands:
         parent = trace.values[value].call
         if parent is not None and (
@@ -474,7 +477,7 @@ def _is_joined(trace: Trace, call: int, steps: int = 4) -> bool:
 
 
 def by_step(gradient: Tensor, sizes: list[int] | None, batch_first: bool) -> list[Tensor]:
-    """What is there at each step: of ``[T, B, F]``, ``[B, T, F]``, ``[T, F]`` or packed rows."""
+    """Split a gradient of shape ``[T, B, F]``, ``[B, T, F]`` or ``[T, F]``, or packed rows, by time step."""
     value = gradient.detach()
     if sizes is not None:
         return list(value.split(sizes))

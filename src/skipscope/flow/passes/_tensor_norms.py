@@ -11,30 +11,30 @@ from torch import Tensor
 
 
 def dense(value: Tensor) -> Tensor:
-    """The values of a sparse tensor, real and imaginary parts of a complex one, any other as it is."""
+    """Values of a sparse tensor, or real and imaginary parts of a complex tensor, or the tensor itself."""
     value = value.coalesce().values() if value.is_sparse else value
     return torch.view_as_real(value) if value.is_complex() else value
 
 
 def is_zero(value: Tensor) -> bool:
-    """Whether every element is 0; most tensors are known by their first ones."""
+    """Whether every element is 0; the first elements are checked first, which mostly suffices."""
     return not bool(value.flatten()[:64].any()) and not bool(value.any())
 
 
 @functools.cache
 def smallest_normal(dtype: torch.dtype) -> float:
-    """The smallest number that a dtype holds to its full precision."""
+    """The smallest positive normal number of a dtype."""
     return float(torch.finfo(dtype).smallest_normal)
 
 
 @functools.cache
 def least(dtype: torch.dtype) -> float:
-    """The smallest number above zero that a dtype holds."""
+    """The smallest positive (subnormal) number of a dtype."""
     return smallest_normal(dtype) * float(torch.finfo(dtype).eps)
 
 
 def norm_of(value: Tensor) -> float:
-    """The L2 norm, right as far as float64's own range goes."""
+    """L2 norm, without overflow or underflow within the range of float64."""
     norm = _whole_norm(value, 2)
     if is_safe(norm):
         return norm
@@ -44,16 +44,16 @@ def norm_of(value: Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(value.double() / largest))
 
 
-# How many squares are added in float32 before their sums are added in float64, and how long a row must be:
-# the rounding of many short sums averages out. Torch converts a tensor to add it in float64, which takes 3 to
-# 20 times as long as reading it, but nothing where there are few elements.
+# Squares summed in float32 before these sums are summed in float64; shortest row for this method, because the
+# rounding errors of many short sums average out; and largest tensor to be summed in float64 directly. For a
+# float64 sum torch converts the tensor, which takes 3 to 20 times as long as reading it.
 _RUN, _LONG, _FEW = 256, 2**12, 2**16
-# Where no square of float32 that counts has left its range.
+# Range of sums of squares without significant overflow or underflow in float32.
 _SQUARES = 1e-12, 1e18
 
 
 def _row_norms(rows: Tensor, order: int = 2) -> Tensor:
-    """The L1 or L2 norm of each row, in float64: ``[R, N] -> [R]``."""
+    """L1 or L2 norm of each row, in float64: ``[R, N] -> [R]``."""
 
     def exact(some: Tensor) -> Tensor:
         return torch.linalg.vector_norm(some, order, dim=1, dtype=torch.float64)
@@ -72,14 +72,14 @@ def _row_norms(rows: Tensor, order: int = 2) -> Tensor:
 
 
 def _in_memory_order(value: Tensor) -> Tensor:
-    """The tensor with its dimensions in the order of memory, so that it can be read as one row."""
+    """Permute the dimensions into the order of memory, so that the tensor can be read as a row."""
     if value.is_contiguous():
         return value
     return value.permute(sorted(range(value.ndim), key=value.stride, reverse=True))
 
 
 def sum_of_sizes(value: Tensor) -> float:
-    """The L1 norm."""
+    """L1 norm."""
     return _whole_norm(value, 1)
 
 
@@ -89,14 +89,14 @@ def _whole_norm(value: Tensor, order: int) -> float:
     return float(_row_norms(_in_memory_order(value).reshape(1, -1), order))
 
 
-# By the bytes of a number: integers of that size, and all of their bits but the sign.
+# Bytes of a number -> integer dtype of that size, and mask of all bits except the sign.
 _BITS = {8: (torch.int64, 2**63 - 1), 4: (torch.int32, 2**31 - 1), 2: (torch.int16, 2**15 - 1)}
 
 
 def zeros_in(value: Tensor) -> int:
-    """How many elements are exactly 0, of either sign.
+    """Number of elements that are exactly 0, of either sign.
 
-    By their bits: torch's count of floating-point numbers takes 15 times as long after a ReLU.
+    Bits are compared, because torch's count of floating-point numbers takes 15 times as long after a ReLU.
     """
     size = value.element_size() if value.is_floating_point() and value.numel() >= _LONG else 0
     if size in _BITS:
@@ -106,12 +106,12 @@ def zeros_in(value: Tensor) -> int:
 
 
 def is_safe(norm: float) -> bool:
-    """Whether no square in a norm can have left float64's range."""
+    """Whether the squares in a norm are certainly within the range of float64."""
     return 1e-140 < norm < 1e140 or math.isnan(norm)
 
 
 def sample_norms(value: Tensor, samples: int) -> np.ndarray:
-    """L2 norm of each sample's part, ``[samples]``; ``[0]`` where the first dimension is not the samples'."""
+    """L2 norm of each sample, ``[samples]``, or an empty array if the first dimension is not the samples."""
     if value.ndim < 2 or samples < 2 or len(value) != samples or not value.numel():
         return np.empty(0)
     order = _in_memory_order(value)
@@ -119,7 +119,7 @@ def sample_norms(value: Tensor, samples: int) -> np.ndarray:
 
 
 def similarity(activation: Tensor, most: int = 256) -> float | None:
-    """Mean cosine between different tokens of a sample ``[B, T, C]``, else between different samples."""
+    """Mean cosine between different tokens of a sample for ``[B, T, C]``, otherwise between samples."""
     if activation.ndim < 2 or not activation.is_floating_point():
         return None
     rows = activation[:8, :most] if activation.ndim == 3 else activation[:most].flatten(1).unsqueeze(0)

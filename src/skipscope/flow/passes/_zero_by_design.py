@@ -1,8 +1,8 @@
-"""Parts whose gradient is exactly 0 only because trained tensors start at 0.
+"""Readings of parts whose gradient is exactly 0 only because trained tensors start at 0.
 
-LoRA's B, ReZero's factor, zero-initialised last norms and gates, adaLN-zero: they are judged on a copy in
-which such tensors are small random numbers. Where several stand in series, the next one moves one step later:
-it is tried again.
+Examples are LoRA's B, ReZero's factor, zero-initialised last norms and gates, and adaLN-zero. Such parts are
+judged on a copy in which these tensors are small random numbers. If several are in series, the next gets a
+gradient only after the first has moved, so the measurement is repeated.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings
 
 ROUNDS = 4
-# Of the size that an initialisation would give: small, so that the part hardly changes what the network does.
+# Size of the random numbers relative to a usual initialisation: small, so that the network hardly changes.
 SIZE = 0.1
-# A scale as small as this is small by design.
+# A scale of at most this size is small by design.
 TINY = 1e-3
 
 
@@ -32,16 +32,17 @@ def settled(
     term: str = "",
     each: Callable[[Readings], None] | None = None,
 ) -> tuple[Readings, tuple[str, ...]]:
-    """Readings of a copy in which what starts at zero by design has moved; and what to note.
+    """Measure a copy in which tensors that start at zero by design have moved. Returns readings and notes.
 
-    The readings themselves where nothing that is called gets exactly 0, or no tensor that is 0 would move.
+    The given readings are returned if there is no gradient of exactly 0 and no tiny scale, or if moving the
+    tensors changes nothing.
 
     Args:
-        readings: of the network as it is.
-        subject: what they are of.
-        seed: of the random numbers drawn inside, and of those that take the place of zeros.
-        term: of the loss.
-        each: called with the readings of each batch.
+        readings: readings of the unchanged network.
+        subject: subject of the readings.
+        seed: seed of the random numbers drawn inside, and of those that replace zeros.
+        term: term of the loss.
+        each: function called with the readings of each batch.
     """
     model = subject.model
     tiny = set() if subject.ranks else tiny_scales(model)
@@ -62,7 +63,7 @@ def settled(
                 kept.clear()
                 moved |= new
                 now = measure(subject, twin, term=term, each=kept.append if each else None)
-        # Whatever a model holds that cannot be copied: the verdict is on the readings as they are.
+        # If the model cannot be copied or run, the given readings are used.
         except Exception:
             return readings, ()
     if not moved or (not moved & tiny and _still_silent(readings, now)):
@@ -79,7 +80,7 @@ def settled(
 
 
 def tiny_scales(model: nn.Module) -> set[str]:
-    """Names of trained scales that start at one small number, as layer scale (Touvron et al. 2021)."""
+    """Names of trained scales that are a small constant, as in layer scale (Touvron et al. 2021)."""
     found = set()
     for name, p in model.named_parameters():
         if p.requires_grad and p.is_floating_point() and p.numel() and p.numel() == max(p.shape, default=1):
@@ -91,12 +92,12 @@ def tiny_scales(model: nn.Module) -> set[str]:
 
 
 def _silent(readings: Readings) -> set[str]:
-    """Trained calls that get exactly 0."""
+    """Weights of trained calls whose gradient is exactly 0."""
     return {n for s in readings.sites if s.trained and s.seen and s.squares == 0 for n in s.weights}
 
 
 def _still_silent(before: Readings, after: Readings) -> bool:
-    """Whether nothing that was silent has come to life."""
+    """Whether all weights without a gradient before still have none."""
     return _silent(before) <= _silent(after)
 
 

@@ -1,4 +1,4 @@
-"""Three kinds of zero gradient: dead, too small for the dtype, not connected; by a second pass in float64."""
+"""Distinction of dead, underflowing and unconnected gradients, by a second pass in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no c
 def second_opinion(
     readings: Readings, subject: Subject, seed: int, term: str = ""
 ) -> tuple[Readings | None, tuple[str, ...]]:
-    """Readings in float64 where a zero may be too small for its dtype, and notes; None where none is."""
+    """Measure again in float64 if a zero may be an underflow. Returns these readings or None, and notes."""
     if not _doubtful(readings):
         return None, ()
     exact = None if subject.ranks else _in_float64(subject, seed, term)
@@ -37,7 +37,7 @@ def second_opinion(
 
 
 def _doubtful(readings: Readings) -> bool:
-    """Something arrived as exactly zero: dead, or too small for the dtype?"""
+    """Whether a gradient is exactly zero in a dtype narrower than float64, so that it may be an underflow."""
     narrow = [w for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64]
     return any(not any(weight.rms) for weight in narrow) or any(
         g.all_zero and g.dtype != torch.float64 for g in readings.gradients
@@ -45,7 +45,7 @@ def _doubtful(readings: Readings) -> bool:
 
 
 def _is_rounding(readings: Readings, exact: Readings) -> bool:
-    """Whether zeros that float64 does not have are large enough for their dtype: rounding, no underflow."""
+    """Whether zeros come from rounding: their values in float64 are large enough for their dtype."""
     unit = exact.output_gradient or 1.0
     pairs = [
         (mine.dtype, true.rms / unit)
@@ -56,12 +56,12 @@ def _is_rounding(readings: Readings, exact: Readings) -> bool:
         true = exact.weights[name].total
         if mine.total is not None and true is not None and not bool(mine.total.any()) and bool(true.any()):
             pairs.append((mine.total.dtype, float(true.abs().max()) * exact.weights[name].unit / unit))
-    # Products inside a layer may be smaller than what comes out of it.
+    # Products inside a layer may be smaller than its output, hence the margin.
     return bool(pairs) and all(value > 1e6 * least(dtype) for dtype, value in pairs)
 
 
 def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
-    """Readings from a copy in float64; None where it cannot run."""
+    """Readings from a copy in float64, or None if it cannot run."""
 
     def wide(value: Tensor) -> Tensor:
         return value.double() if value.is_floating_point() else value
@@ -74,13 +74,13 @@ def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
             )
             with torch.autocast(next(twin.parameters()).device.type, enabled=False):
                 return measure(subject, twin, batches, term=term)
-        # Whatever a model does that cannot be copied or run in float64: it is a second opinion.
+        # A model that cannot be copied or run in float64 is judged without this measurement.
         except Exception:
             return None
 
 
 def boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[MeasuredState, float | None]:
-    """State and flow of a boundary, the flow not yet normalised."""
+    """State of a boundary, and its flow before normalisation."""
     gradient = readings.gradients[i]
     if not readings.activations[i].seen:
         return "not_met", None

@@ -1,4 +1,4 @@
-"""The gradient taken apart by how many branches it crossed."""
+"""Decomposition of the gradient by the number of branches that it crossed."""
 
 from skipscope.flow.paths._path_spectrum import path_spectrum as path_spectrum
 from skipscope.flow.paths._path_spectrum import paths_of as paths_of

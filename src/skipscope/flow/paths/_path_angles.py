@@ -1,13 +1,13 @@
-"""Path lengths of very deep networks: a bounded number of gradients, however many lengths there are.
+"""Estimate of the path spectrum of very deep networks with a bounded number of gradients.
 
-With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), the gradients at M angles t =
-2 pi j / M give by a discrete Fourier transform the sums over all lengths that are equal modulo M. Lengths
-fill a band around their mean (for a chain of L equal blocks about sqrt(L) wide), so where the band is
-narrower than M those sums are the G_k themselves, once it is known where the band is: at <G, sum_k k G_k> /
-|G|^2. Real gradients need half of the angles. Three more gradients are carried along: G and its moments sum_k
-k G_k and sum_k k^2 G_k. What is beyond the window is folded into it M away from its place, and the moments of
-the folded lengths miss it by M and by M^2: they show the error, as do the far ends of the window, where a
-band that is too broad has not died away.
+With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), a discrete Fourier transform
+of the gradients at M angles t = 2 pi j / M gives the sums over all lengths that are equal modulo M. Lengths
+fill a band around their mean (about sqrt(L) wide for a chain of L equal blocks). If the band is narrower than
+M, these sums are the G_k themselves; the band is located at <G, sum_k k G_k> / |G|^2. Real gradients need
+half of the angles. Three more gradients are carried along: G and its moments sum_k k G_k and sum_k k^2 G_k.
+Lengths outside of the window are aliased by M, so that the moments of the aliased lengths differ by M and by
+M^2. This difference shows the error, as do the ends of the window, where a band that is too wide has not
+decayed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ MAX_LENGTHS = (
 
 
 class PathAngleBackward(PathLengthBackward):
-    """A backward pass with values at angles, G and its two moments in place of lengths."""
+    """Backward pass that carries gradients at angles, G and its two moments instead of lengths."""
 
     angles = MAX_LENGTHS // 2 + 1
 
     def start(self, seed: Tensor) -> LengthGradients:
-        """G(z) = 1 at every angle; G = 1; its moments 0."""
+        """Start with G(z) = 1 at every angle, G = 1, and moments 0."""
         rows = seed.new_zeros(2 * self.angles + 3, *seed.shape)
         rows[: self.angles], rows[-3] = seed, seed
         return LengthGradients(0, rows)
 
     def shift_length(self, gradients: LengthGradients) -> LengthGradients:
-        """Times z at every angle; lengths k become k + 1, and so do their moments."""
+        """Multiply by z at every angle: lengths k become k + 1, and the moments follow."""
         a, rows = self.angles, gradients.rows
         t = (2 * math.pi / MAX_LENGTHS * torch.arange(a, dtype=torch.float64)).to(rows.device)
         shape = (a,) + (1,) * (rows.ndim - 1)
@@ -47,7 +47,7 @@ class PathAngleBackward(PathLengthBackward):
         return LengthGradients(0, torch.cat([*turned, whole, first + whole, second + 2 * first + whole]))
 
     def window(self, gradients: LengthGradients | None, branches: int) -> tuple[int, int] | None:
-        """The first of the lengths that are resolved, and how many."""
+        """The first length that is resolved, and the number of resolved lengths; None without gradients."""
         if gradients is None:
             return None
         whole, first = gradients.rows[-3].double().flatten(), gradients.rows[-2].double().flatten()
@@ -59,7 +59,7 @@ class PathAngleBackward(PathLengthBackward):
     def lengths(
         self, gradients: LengthGradients | None, window: tuple[int, int] | None
     ) -> LengthGradients | None:
-        """From angles to lengths, those of the window."""
+        """Transform angles to the lengths of the window."""
         if gradients is None or window is None:
             return None
         rows = gradients.rows[: 2 * self.angles].double()
@@ -68,7 +68,7 @@ class PathAngleBackward(PathLengthBackward):
         return LengthGradients(window[0], residues.roll(-(window[0] % MAX_LENGTHS), 0))
 
     def folded(self, gradients: LengthGradients, lengths: LengthGradients) -> float:
-        """Estimate how much is beyond the window by the error of the moments of its lengths."""
+        """Estimate the norm of the gradient outside of the window from the error of its moments."""
         middle = lengths.low + MAX_LENGTHS // 2
         j = torch.arange(
             lengths.low - middle, lengths.high - middle + 1, dtype=torch.float64, device=lengths.rows.device

@@ -1,4 +1,4 @@
-"""``path_spectrum``: the gradient by number of branches crossed (Veit et al. 2016 sampled it)."""
+"""``path_spectrum``: the gradient by the number of branches crossed (sampled by Veit et al. 2016)."""
 
 from __future__ import annotations
 
@@ -43,29 +43,28 @@ def path_spectrum(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> PathSpectrum:
-    """Sort the gradient by the number of branches it crossed, exactly, over all 2^L paths, in one pass.
+    """Decompose the gradient by the number of branches crossed, exactly, over all 2^L paths, in one pass.
 
-    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge;
-    in the backward pass each cut holds one gradient for each length that can exist there. Local; where the
-    model is sharded (FSDP2) collective, with all weights on every rank, and the spectrum is that of the
-    calling rank's data.
+    Works for any graph of shortcuts: chains, nested or dense shortcuts, several merges per block. The forward
+    pass is cut at each merge; in the backward pass each cut holds a gradient for each possible length. Local;
+    for a sharded model (FSDP2) collective, with full weights on every rank, and the spectrum of the calling
+    rank's data.
 
     Args:
-        model: any eager module; as found afterwards. It runs in the modes its modules are in.
+        model: any eager module, run in its current modes and restored afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        wrt: what the paths lead back to: a boundary or a parameter, or the name of one; the first boundary by
-            default.
-        found: the shortcuts that count; all that are found by default.
-        batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other;
-            by default the faster one.
-        max_bytes: a bound on the gradients that go into and come out of a segment at once. In addition,
-            memory holds the forward pass, and at each waiting cut one gradient for each length: in a chain at
-            two cuts at a time. Passed segments are freed.
-        exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its
-            error; None: that beyond 256 branches.
-        seed: of the random numbers drawn inside (dropout).
-        weight: what a batch counts for in the mean over batches.
+        loss: ``loss(output, target)``; not needed if the output carries ``.loss``.
+        wrt: boundary or parameter at which the paths end, or its name; by default the first boundary.
+        found: shortcuts whose branches are counted; by default all shortcuts found.
+        batched: whether to carry all lengths through the backward pass at once (torch's vmap) or one after
+            the other; by default whichever is faster.
+        max_bytes: bound on the gradients at the input and output of a segment at a time. Further memory holds
+            the forward pass, and a gradient for each length at each pending cut: in a chain at two cuts at a
+            time. Completed segments are freed.
+        exact: False for an estimate that carries 256 gradients for any number of lengths, with its error;
+            None for an estimate beyond 256 branches only.
+        seed: seed of the random numbers drawn inside (dropout).
+        weight: batch -> its weight in the mean over batches.
 
     Returns:
         ``norms[k]``, the L2 norm of the sum over all paths that cross k branches, and its summary.
@@ -94,7 +93,7 @@ def paths_of(
     exact: bool | None = None,
     seed: int = 0,
 ) -> PathSpectrum:
-    """:func:`path_spectrum` of what is prepared. Local, or collective."""
+    """Run :func:`path_spectrum` on a prepared subject. Local, or collective."""
     subject = subject.with_own_inputs()
     model, batches, objective = subject.model, subject.data, subject.loss
     found, target = subject.found, _target(subject.model, subject.boundaries, wrt)
@@ -123,7 +122,7 @@ def paths_of(
 
 
 def _run(backward: PathLengthBackward) -> LengthGradients | None:
-    """The gradients at the only target; None where this forward pass had none, or no path reaches it."""
+    """The gradients at the target, or None if this forward pass has no target or no path reaches it."""
     try:
         return next(iter(backward.run()), None)
     except RuntimeError as error:
@@ -133,7 +132,7 @@ def _run(backward: PathLengthBackward) -> LengthGradients | None:
 def _with_errors(
     norms: np.ndarray, window: tuple[int, int], branches: int, floor: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """All lengths of an estimate, the error of each (at least ``floor``), and a note."""
+    """Norms of all lengths of an estimate, their errors (at least ``floor``), and a note."""
     low, count = window
     inside = norms[low : low + count]
     eighth = max(1, len(inside) // 8)
@@ -148,7 +147,7 @@ def _with_errors(
 
 
 def _target(model: nn.Module, points: tuple[Boundary, ...], wrt: Any) -> Boundary | nn.Parameter:
-    """The boundary or the parameter where paths end."""
+    """The boundary or parameter at which the paths end."""
     parameters = dict(model.named_parameters())
     if wrt is None:
         return points[0]
@@ -159,16 +158,18 @@ def _target(model: nn.Module, points: tuple[Boundary, ...], wrt: Any) -> Boundar
     if point is not None or name in parameters:
         return point or parameters[str(name)]
     raise SkipscopeError(
-        "path_spectrum", "wrt is neither a boundary nor a parameter of this model",
+        "path_spectrum",
+        "wrt is neither a boundary nor a parameter of this model",
         expected="one of " + ", ".join([p.name for p in points][:8]) + ", ..., or a parameter's name",
-        got=f"{wrt!r:.60}", cure="[b.name for b in ss.gradient_flow(model, data, loss).boundaries]",
-    )  # fmt: skip
+        got=f"{wrt!r:.60}",
+        cure="[b.name for b in ss.gradient_flow(model, data, loss).boundaries]",
+    )
 
 
 def _plain_gradient(
     model: nn.Module, batch: Batch, loss: Objective, target: Boundary | nn.Parameter
 ) -> Tensor | None:
-    """The whole gradient, from an ordinary backward pass."""
+    """The total gradient, from an ordinary backward pass."""
     if not isinstance(target, Boundary):
         return torch.autograd.grad(loss(model, batch), target, allow_unused=True)[0]
     reached: list[Tensor] = []
@@ -183,17 +184,17 @@ def _plain_gradient(
 
 
 class _Sums:
-    """The sums over batches: of an activation the norms add up, of a parameter the gradients.
+    """Sums over batches: of norms if the target is an activation, of gradients if it is a parameter.
 
     Args:
-        is_shared: the target is the same in every batch.
-        branches: how many shortcuts count.
+        is_shared: whether the target is the same in every batch (a parameter).
+        branches: number of shortcuts that are counted.
 
     Attributes:
-        norms: by length; of the plain gradient, and of its difference from the sum over all lengths.
-        vectors: the same gradients themselves, of a shared target.
-        window: of an estimate, its first length and how many.
-        folded: of an estimate, how much is beyond the window.
+        norms: norms by length, of the plain gradient, and of its difference from the sum over all lengths.
+        vectors: the corresponding gradients, for a shared target.
+        window: first length and number of lengths of an estimate.
+        folded: norm outside of the window of an estimate.
     """
 
     def __init__(self, is_shared: bool, branches: int):
@@ -211,7 +212,7 @@ class _Sums:
         plain: Tensor | None,
         share: float,
     ) -> None:
-        """Add one batch."""
+        """Add the gradients of a batch."""
         self.methods |= backward.methods
         if isinstance(backward, PathAngleBackward):
             self.window = self.window or backward.window(gradients, self.branches)
@@ -237,16 +238,17 @@ class _Sums:
         self.norms[key] = math.hypot(before, norm_of(gradient))
 
     def result(self, name: str, mode: ModelMode, meaning: str) -> PathSpectrum:
-        """As a result."""
+        """Build the result."""
         if not self.norms:
             raise SkipscopeError(
-                "path_spectrum", f"no path leads from the loss to {name}", layer=name,
+                "path_spectrum",
+                f"no path leads from the loss to {name}",
+                layer=name,
                 cure="choose another wrt; ss.gradient_flow says where the network comes apart",
-            )  # fmt: skip
+            )
         plain, rest = self.norms["plain"], self.norms["rest"]
         of = {k: norm for k, norm in self.norms.items() if isinstance(k, int)}
-        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than
-        # there are.
+        # Values overwritten in place get zero gradients, possibly with lengths beyond the number of branches.
         highest = max(k for k, norm in of.items() if norm or k <= self.branches)
         norms = np.array([of.get(k, 0.0) for k in range(highest + 1)])
         mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan

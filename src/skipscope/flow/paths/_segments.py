@@ -1,12 +1,12 @@
 """A forward pass cut at every merge, and the backward pass over its segments by path length.
 
-A *cut* is the output of a merge, detached: a leaf for all that follows. Between cuts are *segments*, ordinary
-autograd graphs. The backward pass goes from the last cut to the first. At a cut its gradient is complete, one
-row for each path length from the loss to there, since all that use it come later. It passes through the merge
-to the operands, where the lengths of a branch operand grow by one; then all operands go back together through
-their segments to earlier cuts. Few lengths exist near the loss, and no gradient of a weight is computed
-unless asked for: this is why all lengths together cost less than as many plain backward passes. Each step is
-a vector-Jacobian product of ``torch.autograd.grad``.
+A *cut* is the detached output of a merge, a leaf for everything downstream. Between cuts are *segments*,
+ordinary autograd graphs. The backward pass goes from the last cut to the first. When it reaches a cut, the
+gradient there is complete, with a row for each path length from the loss, because all its consumers come
+later. It passes through the merge to the operands, where the lengths of a branch operand grow by one; then
+all operands are propagated together through their segments to earlier cuts. There are few lengths near the
+loss, and gradients of weights are not computed unless requested, so all lengths together cost less than as
+many plain backward passes. Each step is a vector-Jacobian product of ``torch.autograd.grad``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from skipscope._data import Batch, Objective
 from skipscope.flow._autograd_graph import leaves_above
 from skipscope.shortcuts import Boundary, Merge, OperandSide, Shortcuts, tap_boundaries, tap_merges
 
-# Elements of an activation up to which carrying all lengths at once was faster than one after the other
-# (measured: benchmarks/paths.py).
+# Most elements of an activation for which carrying all lengths at once was faster than one after the other
+# (benchmarks/paths.py).
 SMALL_ON_CPU, SMALL_ELSEWHERE = 2**14, 2**20
 
 
@@ -38,8 +38,8 @@ class LengthGradients:
 
     Attributes:
         low: the smallest length.
-        rows: ``[lengths, *shape]``.
-        is_own: nothing else holds the rows, so they may be added to in place.
+        rows: gradients ``[lengths, *shape]``.
+        is_own: whether there are no other references to the rows, so that they may be changed in place.
     """
 
     low: int
@@ -52,11 +52,11 @@ class LengthGradients:
         return self.low + self.rows.shape[0] - 1
 
     def between(self, low: int, high: int) -> Tensor:
-        """The rows from ``low`` to ``high``, zeros where there are none."""
+        """The rows from ``low`` to ``high``, with zeros for lengths without a row."""
         return self.rows if (self.low, self.high) == (low, high) else self.widened(low, high).rows
 
     def widened(self, low: int, high: int) -> LengthGradients:
-        """The same with lengths from ``low`` to ``high`` at least, in rows of its own."""
+        """Copy the gradients to a range of lengths that includes ``low`` to ``high``."""
         low, high = min(low, self.low), max(high, self.high)
         if self.is_own and (low, high) == (self.low, self.high):
             return self
@@ -66,7 +66,7 @@ class LengthGradients:
         return LengthGradients(low, rows, is_own=True)
 
     def plus(self, other: LengthGradients) -> LengthGradients:
-        """The sum over all lengths that either has; in place where possible."""
+        """Add other gradients, for all lengths of either; in place if possible."""
         total = self.widened(other.low, other.high)
         total.rows[other.low - total.low : other.high - total.low + 1] += other.rows
         return total
@@ -74,14 +74,14 @@ class LengthGradients:
 
 @dataclass(frozen=True, eq=False)
 class SegmentEnd:
-    """Where a segment ends: a tensor as it was when the merge took it, whatever is written into it later.
+    """End of a segment: a tensor as the merge received it, independent of later in-place writes.
 
     Attributes:
-        root: its gradient edge; a leaf itself.
-        key: the same for the same value.
-        elements: how many numbers it holds.
-        bytes: its size.
-        owner: keeps the root's part of the graph alive; None where the root does.
+        root: gradient edge of the tensor, or the tensor itself if it is a leaf.
+        key: identifier that is equal for the same value.
+        elements: number of elements.
+        bytes: size in bytes.
+        owner: object that keeps the graph of the root alive, or None if the root does.
     """
 
     root: Tensor | GradientEdge
@@ -92,7 +92,7 @@ class SegmentEnd:
 
 
 def segment_end(tensor: Tensor) -> SegmentEnd | None:
-    """The end that a tensor is; None where it requires no gradient."""
+    """The segment end of a tensor, or None if it requires no gradient."""
     if not tensor.requires_grad:
         return None
     size = tensor.numel(), tensor.numel() * tensor.element_size()
@@ -100,8 +100,8 @@ def segment_end(tensor: Tensor) -> SegmentEnd | None:
         return SegmentEnd(tensor, (id(tensor), 0), *size)
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     owner = None
-    # Holding a custom function's node in Python keeps nothing alive; newer torch does the same in the edge
-    # itself.
+    # A Python reference to the node of a custom function does not keep the graph alive. Newer versions of
+    # torch handle this in the edge itself.
     if isinstance(edge.node, torch.autograd.function.BackwardCFunction):
         with torch.enable_grad():
             owner = tensor.view_as(tensor).grad_fn
@@ -110,14 +110,14 @@ def segment_end(tensor: Tensor) -> SegmentEnd | None:
 
 @dataclass
 class Cut:
-    """The output of one merge, cut off from what made it.
+    """Detached output of a merge.
 
     Attributes:
-        leaf: what the rest of the network gets.
-        operands: what the merge joined, still attached to their segments.
-        sides: of each operand.
-        inner: the operands once more, detached, and the merge's output computed from them; None where each
-            operand's gradient is the output's, as in a plain sum.
+        leaf: leaf that the rest of the network gets.
+        operands: operands of the merge, attached to their segments.
+        sides: side of each operand.
+        inner: detached copies of the operands, and the merge's output computed from them; None if each
+            operand's gradient is that of the output, as in a plain sum.
     """
 
     leaf: Tensor
@@ -128,13 +128,13 @@ class Cut:
 
 @dataclass
 class CutForward:
-    """A forward pass cut at every merge, and at the target if that is an activation.
+    """Forward pass cut at every merge, and at the target if that is an activation.
 
     Attributes:
-        loss: the scalar.
-        cuts: in order of execution.
-        targets: where the paths end: a leaf, or a parameter.
-        copies: by node of the copy that the network gets, the leaf it is a copy of.
+        loss: the scalar loss.
+        cuts: cuts in order of execution.
+        targets: leaves or parameters at which the paths end.
+        copies: autograd node of the copy that the network gets -> the original leaf.
     """
 
     loss: Tensor
@@ -146,14 +146,14 @@ class CutForward:
 def cut_forward(
     model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, target: Boundary | nn.Parameter
 ) -> CutForward:
-    """Run a model once, and cut it.
+    """Run a forward pass and cut it at the merges.
 
     Args:
-        model: run in the modes its modules are in.
-        batch: one batch.
+        model: the model, run in its current modes.
+        batch: a batch.
         loss: the objective.
-        found: the shortcuts whose merges are cut.
-        target: the boundary or the parameter where paths end.
+        found: shortcuts whose merges are cut.
+        target: boundary or parameter at which the paths end.
     """
     forward = CutForward(torch.empty(0), [], [target] if isinstance(target, Tensor) else [])
 
@@ -166,7 +166,7 @@ def cut_forward(
         inner = None
         if not merge.is_plain_sum:
             operands = tuple(o.detach().requires_grad_(o.requires_grad) for o in merge.operands)
-            # A checkpoint around the merge counts what is saved: this is none of its own.
+            # A checkpoint around the merge counts saved tensors, and must not see those of this computation.
             with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
                 inner = (operands, merge.recompute(operands))
         leaf = merge.output.detach().requires_grad_()
@@ -190,17 +190,17 @@ def cut_forward(
 
 
 class PathLengthBackward:
-    """The backward pass from the loss to the targets, by path length.
+    """Backward pass from the loss to the targets, by path length.
 
     Args:
-        forward: the cut forward pass; it is used up.
-        batched: carry all lengths through a segment at once (vmap); False: one after the other; None: at once
-            where a row is so small that the calls cost more than the arithmetic.
-        max_bytes: a bound on the gradients that pass a segment at once.
+        forward: the cut forward pass, which is consumed.
+        batched: True to carry all lengths through a segment at once (vmap), False for one after the other,
+            None for at once if rows are so small that calls cost more than arithmetic.
+        max_bytes: bound on the gradients that pass a segment at a time.
 
     Attributes:
-        unit: what one unit of the gradients is worth: the pass scales the loss by a power of two.
-        methods: how segments were passed: ``"batched"``, ``"loop"``.
+        unit: power of two by which the gradients must be multiplied, because the pass rescales them.
+        methods: methods used: ``"batched"``, ``"loop"``.
     """
 
     def __init__(self, forward: CutForward, *, batched: bool | None = None, max_bytes: int = 2**28):
@@ -212,7 +212,7 @@ class PathLengthBackward:
         # Gradients at leaves, by id; and at operands, which several merges may share.
         self.at_leaves: dict[int, LengthGradients] = {}
         self.pending: dict[Any, tuple[SegmentEnd, LengthGradients]] = {}
-        # For each cut, the operands that no earlier cut uses.
+        # Operands of each cut that no earlier cut uses.
         self.first_used: list[list[Any]] = []
         seen = set[Any]()
         for cut in forward.cuts:
@@ -221,7 +221,7 @@ class PathLengthBackward:
             seen |= keys
 
     def run(self) -> list[LengthGradients | None]:
-        """The gradients at the targets, None for a target that no path reaches."""
+        """Run the pass. Returns the gradients at the targets, with None for a target that no path reaches."""
         loss, targets = self.forward.loss, {id(target) for target in self.forward.targets}
         end = segment_end(loss)
         assert end is not None, "the caller has made sure that the loss has a gradient"
@@ -237,15 +237,15 @@ class PathLengthBackward:
         return [self.at_leaves.get(id(target)) for target in self.forward.targets]
 
     def start(self, seed: Tensor) -> LengthGradients:
-        """The gradient at the loss, where no branch has been crossed."""
+        """Gradient at the loss, before any branch is crossed."""
         return LengthGradients(0, seed[None])
 
     def shift_length(self, gradients: LengthGradients) -> LengthGradients:
-        """Cross a branch operand: every length is one more."""
+        """Increase every length by one, for a branch operand."""
         return LengthGradients(gradients.low + 1, gradients.rows)
 
     def rescale(self) -> None:
-        """Set the greatest gradient near the loss to about 1, so that small losses do not underflow."""
+        """Scale the gradients near the loss to a maximum of about 1, to avoid underflow for small losses."""
         greatest = max(
             (float(g.rows.abs().max()) for g in self.at_leaves.values() if g.rows.numel()), default=0.0
         )
@@ -255,7 +255,7 @@ class PathLengthBackward:
                 gradients.rows = gradients.rows / self.unit
 
     def through_merge(self, cut: Cut, gradients: LengthGradients) -> None:
-        """Go from a merge's output to its operands; a branch operand adds one to the length."""
+        """Propagate gradients from a merge's output to its operands; a branch adds one to the length."""
         live = [(i, end) for i, end in enumerate(cut.operands) if end is not None]
         arriving: list[Tensor | None] = [gradients.rows] * len(live)
         if cut.inner is not None:
@@ -275,7 +275,7 @@ class PathLengthBackward:
                 self.pending[operand.key] = (operand, new if old is None else old[1].plus(new))
 
     def accumulate(self, leaf: Tensor, new: LengthGradients, high: int = 0) -> None:
-        """Add to the gradients at a leaf, which will have lengths up to ``high``."""
+        """Add gradients at a leaf, with room for lengths up to ``high``."""
         high = max(high, new.high)
         old = self.at_leaves.get(id(leaf))
         if old is None:
@@ -284,13 +284,13 @@ class PathLengthBackward:
             self.at_leaves[id(leaf)] = old.widened(new.low, high).plus(new)
 
     def propagate_pending(self) -> None:
-        """Send back what waits at operands that no earlier merge uses, which frees their graph."""
+        """Propagate pending gradients at operands that no earlier merge uses, and free their graph."""
         ends = [self.pending.pop(key) for key in self.first_used.pop() if key in self.pending]
         if ends:
             self.through_segment([end for end, _ in ends], [gradients for _, gradients in ends])
 
     def through_segment(self, ends: list[SegmentEnd], gradients: list[LengthGradients]) -> None:
-        """Go back from ``ends`` to the cuts and targets that they were computed from."""
+        """Propagate gradients from ``ends`` to the cuts and targets upstream."""
         low, high = min(g.low for g in gradients), max(g.high for g in gradients)
         found = {end.key[0]: end.root for end in ends if isinstance(end.root, Tensor)}
         nodes = [end.root.node for end in ends if not isinstance(end.root, Tensor)]
@@ -304,14 +304,14 @@ class PathLengthBackward:
                     self.accumulate(source, LengthGradients(low + i, rows, is_own=True), high)
 
     def vjp(self, end: SegmentEnd, rows: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
-        """Vector-Jacobian products, ``[n, *source.shape]`` for each source, None where unreached."""
+        """Vector-Jacobian products ``[n, *source.shape]`` for each source, or None if it is not reached."""
         columns = zip(*(products for _, products in self.vjp_chunks([end], [rows], sources)))
         return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
 
     def vjp_chunks(
         self, ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> Iterator[tuple[int, list[Tensor | None]]]:
-        """The products of as many rows at a time as fit, with the index of the first of them."""
+        """Products for chunks of rows that fit into memory, each with the index of its first row."""
         one = sum(end.bytes for end in ends) + sum(t.numel() * t.element_size() for t in sources)
         most = max(1, self.max_bytes // max(1, one))
         for i in range(0, rows[0].shape[0], most):
@@ -320,7 +320,7 @@ class PathLengthBackward:
     def vjp_chunk(
         self, ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """The products of rows that fit at once."""
+        """Products for a chunk of rows."""
         n = rows[0].shape[0]
         if n > 1 and self.may_batch and ends[0].elements <= self.small:
             try:

@@ -1,4 +1,4 @@
-"""The gradient at each fork, split into what the branch and what the shortcut brings."""
+"""Split of the gradient at each fork into the parts from branch and shortcut."""
 
 from skipscope.flow.split._gradient_split import gradient_split as gradient_split
 from skipscope.flow.split._gradient_split import split_of as split_of

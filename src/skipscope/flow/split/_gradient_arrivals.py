@@ -1,8 +1,8 @@
-"""Which gradient edges reach a fork, and from which side.
+"""Gradient edges that reach a fork, and the side of each.
 
-This reads autograd's public graph and not the trace. Only that graph knows every consumer of a fork: custom
-functions, scripted code, and writes through views, which no function mode sees. A hook on it leaves the
-forward pass as it is.
+They are read from autograd's public graph instead of the trace. Only that graph has every consumer of a fork,
+including custom functions, scripted code and writes through views, which function modes do not see. Hooks on
+the graph do not change the forward pass.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from skipscope.flow._autograd_graph import Edge, edge_of, leaves_above, nodes_ab
 from skipscope.shortcuts import OperandSide
 
 Arrival = Literal["branch", "shortcut", "other"]
-# Called with the gradient of each side, and the whole.
+# Called with the gradient of each side, and the total gradient.
 Done = Callable[[dict[Arrival, Tensor], Tensor], None]
 
 
 @dataclass(eq=False)
 class MergeEdges:
-    """One merge in autograd's graph.
+    """A merge in autograd's graph.
 
     Attributes:
-        output: the node of what comes out.
+        output: node of the merge's output.
         branch: edges of the branch operands that require a gradient.
-        shortcut: the same of the shortcut operands.
+        shortcut: edges of the shortcut operands that require a gradient.
     """
 
     output: Any
@@ -41,25 +41,24 @@ class MergeEdges:
     def add(
         self, sides: Sequence[OperandSide], operands: Sequence[Tensor], only: OperandSide | None = None
     ) -> None:
-        """Add operands, or those on one side."""
+        """Add operands, of both sides or only of side ``only``."""
         for side, operand in zip(sides, operands, strict=True):
             if operand.requires_grad and only in {None, side}:
                 (self.branch if side == "branch" else self.shortcut).append(edge_of(operand))
 
 
 class BackwardGraph:
-    """Autograd's nodes under a loss, and which of them are activations.
+    """Autograd's nodes upstream of a loss, with the subset that are activations.
 
     Args:
-        loss: a scalar with a graph.
-        leaves: the model's inputs, and what it makes first of token ids.
-        merges: shortcut operands that no data reaches are learned streams, and activations too.
+        loss: scalar with a graph.
+        leaves: inputs of the model, and first activations computed from token ids.
+        merges: merges whose shortcut operands may be learned streams: without data upstream, but activations.
 
     Attributes:
-        position: each activation's place; what it was computed from comes before it.
-        starts: the leaves that activations begin with: inputs, tables of embeddings, weights of learned
-            streams.
-        visited: how many nodes all searches for forks have looked at.
+        position: topological position of each activation.
+        starts: leaves at which activations begin: inputs, embedding tables, weights of learned streams.
+        visited: number of nodes visited in all searches for forks.
     """
 
     def __init__(self, loss: Tensor, leaves: Sequence[Tensor], merges: Iterable[MergeEdges] = ()):
@@ -82,7 +81,7 @@ class BackwardGraph:
         self.starts = list(starts.values())
 
     def arrivals(self, merges: Sequence[MergeEdges]) -> list[GradientArrivals | None]:
-        """What reaches the fork of each merge; None where its sides have no activation in common."""
+        """Arrivals at the fork of each merge, or None if its sides have no activation in common."""
         regions = [_Region(self.position, merge) for merge in merges]
         self.visited = sum(len(region.marks) for region in regions)
         consumers = {region.fork: list[tuple[Any, int]]() for region in regions if region.fork is not None}
@@ -93,8 +92,10 @@ class BackwardGraph:
         return [None if r.fork is None else r.arrivals(consumers[r.fork]) for r in regions]
 
     def release(self) -> None:
-        """Free autograd nodes from the loss to the inputs; the other order recurses once per node and
-        overflows the stack. No other reference to the loss may exist.
+        """Free autograd nodes from the loss to the inputs.
+
+        The other order recurses once per node and overflows the stack. No other reference to the loss may
+        exist.
         """
         self.position.clear()
         while self._nodes:
@@ -106,13 +107,13 @@ _BRANCH, _MERGE, _FIRST_SHORTCUT = 1, 2, 4
 
 @dataclass(eq=False)
 class _Entry:
-    """An edge that the path of a shortcut operand takes, up to where it meets the branch's.
+    """Edge on the path of a shortcut operand, up to the point where it meets the branch's path.
 
     Attributes:
-        edge: what is taken.
-        marks: of the shortcut operands for which the fork may be here.
-        node: a node that the branch does not depend on, and takes it; None where it is the operand itself.
-        index: as which of its inputs.
+        edge: the edge.
+        marks: bits of the shortcut operands whose fork this edge may be.
+        node: consumer of the edge on which the branch does not depend, or None if the edge is the operand.
+        index: index of the edge among the inputs of that node.
     """
 
     edge: Edge
@@ -122,26 +123,27 @@ class _Entry:
 
 
 class _Region:
-    """The activations between a merge and its fork, each marked with the operands that it leads to.
+    """Activations between a merge and its fork, each marked with the operands downstream of it.
 
-    The fork is the last activation at which a shortcut operand's path meets the branch's. Of several on one
-    path it is the first: of x and a gate computed from x, x. Nodes are visited from the last to the first, so
-    a node's marks are complete when it is visited, and the search ends at the fork.
+    The fork is the last activation at which a shortcut operand's path meets the branch's path. If several
+    meeting points depend on each other, the fork is the first of them: x, not a gate computed from x. Nodes
+    are visited from the last to the first, so the marks of a node are complete when it is visited, and the
+    search ends at the fork.
 
     Args:
-        position: of each activation.
-        merge: whose sides part at the fork.
+        position: topological position of each activation.
+        merge: merge whose sides part at the fork.
 
     Attributes:
-        fork: its edge, or None where there is none.
-        marks: of each activation that was looked at.
+        fork: edge of the fork, or None.
+        marks: bits of operands downstream of each visited activation.
     """
 
     def __init__(self, position: dict[Any, int], merge: MergeEdges):
         self.position, self.merge, self.marks = position, merge, dict[Any, int]()
         self._lowest, self._waiting = len(position), list[tuple[int, Any]]()
         self._entries: dict[Any, list[_Entry]] = {}
-        # Nodes where paths meet, each with a mark for what it was computed from.
+        # Nodes at which paths meet, each with a mark for the activations upstream of it.
         self._meetings: dict[Any, int] = {}
         self._free = _FIRST_SHORTCUT << len(merge.shortcut)
         self._shortcuts = self._free - _FIRST_SHORTCUT
@@ -179,7 +181,7 @@ class _Region:
                 self._enter(_Entry(edge, shortcuts, node, i))
 
     def _meet(self, node: Any) -> None:
-        """Paths of shortcut operands meet the branch's; what was computed from here is no fork of theirs."""
+        """Record a meeting of paths; candidates downstream of it are no longer forks of its operands."""
         for later, mark in self._meetings.items():
             for entry in self._entries[later] if self.marks[node] & mark else ():
                 for here in self._entries[node]:
@@ -189,38 +191,39 @@ class _Region:
         self._free <<= 1
 
     def arrivals(self, consumers: Iterable[tuple[Any, int]]) -> GradientArrivals:
-        """The edges into the fork, of which ``consumers`` are all."""
+        """Assign the edges into the fork to sides; ``consumers`` are all nodes that take it."""
         fork, entries = self.fork, [e for node in self._meetings for e in self._entries[node]]
         assert fork is not None
         gates = [
-            (entry.node, entry.index, entry.edge) for entry in entries
-            if entry.node is not None and entry.edge != fork
+            (entry.node, entry.index, entry.edge)
+            for entry in entries
+            if entry.node is not None
+            and entry.edge != fork
             and self.marks[fork[0]] & self._meetings[entry.edge[0]]
-        ]  # fmt: skip
+        ]
         return GradientArrivals(fork, [(node, i, self._side(node)) for node, i in consumers], gates)
 
     def _side(self, node: Any) -> Arrival:
-        """The side of a node that takes the fork."""
+        """Side of a node that takes the fork."""
         marks = self.marks.get(node, 0)
         if marks & _BRANCH:
             return "branch"
-        # Where an operand is the fork itself, the merge's own call takes it, and what that does first.
+        # If an operand is the fork itself, its consumers are nodes inside the merge's own call.
         is_operand = self.fork in self.merge.branch or self.fork in self.merge.shortcut
         return "shortcut" if marks & self._shortcuts or (is_operand and marks & _MERGE) else "other"
 
 
 @dataclass
 class GradientArrivals:
-    """The edges into one fork, and the gradients that arrive by them.
+    """Edges into a fork, and the gradients that arrive through them.
 
-    A gate t is on both sides, in t H and in (1 - t) x. What reaches t by the shortcut is kept, and sent on
-    from there to the fork once more by itself: a backward pass through the gate's own layer.
+    A gate t is on both sides, in t H and in (1 - t) x. The gradient that reaches t through the shortcut is
+    kept, and propagated to the fork separately, by a backward pass through the layer of the gate.
 
     Attributes:
-        fork: its edge.
-        edges: a node that takes the fork, as which of its inputs, and the side that it is on.
-        gates: a node on the shortcut's side alone, which of its inputs is on both sides, and that input's
-            edge.
+        fork: edge of the fork.
+        edges: (node that takes the fork, index of that input, side of the node).
+        gates: (node on the shortcut side only, index of an input that is on both sides, edge of that input).
     """
 
     fork: Edge
@@ -231,7 +234,7 @@ class GradientArrivals:
     _total: Tensor | None = None
 
     def watch(self, done: Done) -> list[Any]:
-        """Hook the edges; ``done`` is called when all have arrived, or by :meth:`part_gates`."""
+        """Hook the edges; ``done`` is called when all gradients have arrived, or by :meth:`part_gates`."""
 
         def complete(grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._total = grad_outputs[self.fork[1]]
@@ -245,7 +248,7 @@ class GradientArrivals:
         return [self.fork[0].register_prehook(complete), *handles]
 
     def part_gates(self, done: Done) -> None:
-        """Give the shortcut what came by it and through the gate: it was counted with the branch."""
+        """Move the gradient through the gate's shortcut side from the branch to the shortcut."""
         if self._total is None or not self.gates:
             return
         if self._by_gate:
@@ -263,7 +266,7 @@ def _add(into: dict[Any, Tensor], key: Any, part: Tensor) -> None:
 
 
 def _adder(into: dict[Any, Tensor], key: Any, i: int) -> Callable[..., None]:
-    """A hook that adds the gradient of a node's input."""
+    """Make a hook that adds up the gradient of a node's input."""
 
     def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         part = grad_inputs[i]

@@ -1,7 +1,7 @@
-"""``gradient_split``: the gradient at each fork through the branch, and through the shortcut.
+"""``gradient_split``: the gradient at each fork through the branch and through the shortcut.
 
-The gradient of each edge into a fork is read as it arrives; the edges are sorted by the side that they lead
-to, and they sum to the fork's gradient. One backward pass for all forks, and no gradient of a weight.
+The gradient of each edge into a fork is read as it arrives, and added to that of its side; all edges sum to
+the fork's gradient. A single backward pass serves all forks, and no gradients of weights are computed.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def gradient_split(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> GradientSplit:
-    """Split the gradient at each fork into what the branch and what the shortcut brings.
+    """Split the gradient at each fork into the parts through the branch and through the shortcut.
 
     For y = x + f(x) with no other consumer of x they are grad(x) - grad(y) and grad(y). Local; under
     FSDP2 collective: every rank calls it.
 
     Args:
-        model: any eager module; as found afterwards. It runs in the modes its modules are in.
+        model: any eager module, run in its current modes and restored afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        found: the shortcuts to look at; all that are found by default.
-        seed: of the random numbers drawn inside (dropout).
-        weight: what a batch counts for in the mean over batches.
+        loss: ``loss(output, target)``; not needed if the output carries ``.loss``.
+        found: shortcuts to measure; by default all shortcuts found.
+        seed: seed of the random numbers drawn inside (dropout).
+        weight: batch -> its weight in the mean over batches.
 
     Raises:
         SkipscopeError: data or loss cannot be read, the loss has no gradient, or re-entrant checkpointing
@@ -66,7 +66,7 @@ def gradient_split(
 
 
 def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
-    """:func:`gradient_split` of a prepared subject. Local, or collective."""
+    """Run :func:`gradient_split` on a prepared subject. Local, or collective."""
     subject = subject.with_own_inputs()
     model, batches, objective, found = subject.model, subject.data, subject.loss, subject.found
     forks = [_Fork() for _ in found]
@@ -85,12 +85,12 @@ def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
 
 @dataclass
 class _Fork:
-    """The gradient at one fork over all batches.
+    """Gradient at a fork over all batches.
 
     Attributes:
-        norms: of each side, of the whole, and of the difference between the whole and the sum of the sides.
-        product: between branch and shortcut.
-        elements: of the fork, over all batches.
+        norms: norms of each side, of the total, and of the difference between the total and the sum of sides.
+        product: inner product of branch and shortcut.
+        elements: number of elements of the fork, over all batches.
     """
 
     norms: dict[str, float] = field(
@@ -100,7 +100,7 @@ class _Fork:
     elements: int = 0
 
     def add(self, parts: dict[Arrival, Tensor], total: Tensor, share: float) -> None:
-        """Add the gradient of one batch."""
+        """Add the gradient of a batch."""
         off = total.double() - sum(part.double() for part in parts.values())
         for name, value in {**parts, "total": total, "off": off}.items():
             self.norms[name] = math.hypot(self.norms[name], share * norm_of(value))
@@ -109,25 +109,31 @@ class _Fork:
         self.elements += total.numel()
 
     def row(self, one: Shortcut) -> SplitAt:
-        """The row of the result."""
+        """Build the row of the result."""
         norms = self.norms
         rms = {name: norm / math.sqrt(max(1, self.elements)) for name, norm in norms.items()}
         branch, shortcut = norms["branch"], norms["shortcut"]
         return SplitAt(
-            one.name, one.kind, one.fork, rms["branch"], rms["shortcut"],
-            self.product / (branch * shortcut) if branch * shortcut else None, rms["total"],
-            rms["other"] or None, shortcut / (shortcut + branch) if shortcut + branch else None,
+            one.name,
+            one.kind,
+            one.fork,
+            rms["branch"],
+            rms["shortcut"],
+            self.product / (branch * shortcut) if branch * shortcut else None,
+            rms["total"],
+            rms["other"] or None,
+            shortcut / (shortcut + branch) if shortcut + branch else None,
             norms["off"] / norms["total"] if norms["total"] else None,
-        )  # fmt: skip
+        )
 
 
 def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, add: list[Done]) -> float:
-    """Read the gradients of one batch at all forks.
+    """Read the gradients of a batch at all forks.
 
     Returns:
         The loss.
     """
-    # A frozen table of embeddings would hide the graph.
+    # A frozen embedding table would hide the graph.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -146,7 +152,7 @@ def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts
         leaves.append(activation if activation.requires_grad else activation.detach().requires_grad_())
         return leaves[-1].clone()
 
-    # Where activations begin with token ids, the trace knows the call.
+    # If the model starts with token ids, the first activation is a call known from the trace.
     entries = tuple(point for point in getattr(found, "boundaries", ())[:1] if point.key.site != "input")
     with tap_boundaries(model, entries, begin), tap_merges(model, found, touch):
         value = loss(model, _with_leaves(batch, leaves))
@@ -182,7 +188,7 @@ def _run_backward(value: Tensor, graph: BackwardGraph, watched: list[tuple[Gradi
 
 
 def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:
-    """The batch with inputs that require gradients, which tell activations from weights in the graph."""
+    """Copy a batch with inputs that require gradients, to distinguish activations from weights."""
 
     def leaf(value: Tensor) -> Tensor:
         if not value.is_floating_point():

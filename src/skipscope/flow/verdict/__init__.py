@@ -1,1 +1,1 @@
-"""From readings to a verdict: evidence, rules, causes and words."""
+"""Verdict on readings: evidence, rules, causes and wording."""

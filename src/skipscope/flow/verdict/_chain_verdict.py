@@ -1,4 +1,4 @@
-"""Verdict on one term of the loss: its worst line, then time, starved weights and the head."""
+"""Verdict on a term of the loss: its worst line, then time, starved weights and the head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from skipscope.flow.verdict._flow_rules import (
 from skipscope.flow.verdict._verdict_evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._verdict_words import advice_on
 
-# The worst first.
+# States from worst to best.
 ORDER: tuple[VerdictState, ...] = (
     "nonfinite",
     "unconnected",
@@ -37,17 +37,20 @@ ORDER: tuple[VerdictState, ...] = (
 
 
 def judge_chain(
-    evidence: Evidence, gains: dict[str, StretchGain], context: FlowContext,
-    culprit: tuple[VerdictCause, str] | None = None, stale: str = "",
-) -> Verdict:  # fmt: skip
-    """The verdict on one chain, in words.
+    evidence: Evidence,
+    gains: dict[str, StretchGain],
+    context: FlowContext,
+    culprit: tuple[VerdictCause, str] | None = None,
+    stale: str = "",
+) -> Verdict:
+    """Judge a chain, with the verdict in words.
 
     Args:
-        evidence: what was read.
-        gains: by boundary, what is between it and the next.
-        context: what to know of the network.
-        culprit: (cause, words): what is not finite to begin with, where something is.
-        stale: the first batch norm whose running statistics are far from those of the data, or "".
+        evidence: evidence from the readings.
+        gains: boundary -> gain between it and the next.
+        context: properties of the network.
+        culprit: (cause, description) of the first value that is not finite, if any.
+        stale: first batch norm whose running statistics are far from those of the data, or "".
     """
     none = StretchGain()
     judged = [
@@ -80,14 +83,17 @@ def judge_chain(
     ):
         found = replace(found, cause="batch norm", reason=f"{stale}; {found.reason}")
     found = replace(
-        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names + evidence.single,
+        found,
+        head=evidence.head,
+        worst=evidence.worst,
+        starved=evidence.starved.names + evidence.single,
         reach=evidence.reach.steps if evidence.reach else None,
-    )  # fmt: skip
+    )
     return replace(found, advice=advice_on(found))
 
 
 def _stretches(line: Sequence[Point], gains: dict[str, StretchGain]) -> list[StretchGain]:
-    """What is between each point of a line and the next one on it; ``gains`` are between boundaries."""
+    """Combine ``gains`` between boundaries into gains between consecutive points of a line."""
     names = list(gains)
     at = {name: i for i, name in enumerate(names)}
     found = []
@@ -102,7 +108,7 @@ def _stretches(line: Sequence[Point], gains: dict[str, StretchGain]) -> list[Str
 
 
 def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
-    """The first of what the lines do not show, the worst first; ``found`` where there is none of it."""
+    """The worst fault that the lines do not show, or ``found`` if there is none."""
     if ORDER.index(found.state) > ORDER.index("unconnected") and evidence.unconnected:
         return _without_path(found, evidence)
     if found.state == "healthy" and evidence.opaque:
@@ -124,7 +130,7 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
 
 
 def _without_path(found: Verdict, evidence: Evidence) -> Verdict:
-    """Weighted calls that the loss depends on and no gradient comes to."""
+    """Verdict on weighted calls that the loss depends on, but that get no gradient."""
     n = len(evidence.unconnected)
     by = (
         f"{evidence.cut} lets no gradient through"
@@ -145,13 +151,13 @@ def _without_path(found: Verdict, evidence: Evidence) -> Verdict:
 
 
 def _out_of_sight(found: Verdict, evidence: Evidence) -> Verdict:
-    """Most weights are inside one call that could not be looked into."""
+    """Verdict if most weights are inside an opaque call."""
     reason = f"most of the weights are inside {evidence.opaque}, where no gradient between layers can be read"
     return replace(found, state="cannot tell", cause="opaque", where=evidence.opaque, reason=reason)
 
 
 def _through_time(found: Verdict, reach: Reach) -> Verdict:
-    """A gradient that does not reach back to the beginning of the sequence."""
+    """Verdict on a gradient that does not reach the beginning of the sequence."""
     assert reach.steps is not None
     return replace(
         found,
@@ -167,7 +173,7 @@ def _through_time(found: Verdict, reach: Reach) -> Verdict:
 
 
 def _growing_through_time(found: Verdict, growing: Reach) -> Verdict:
-    """A gradient that grows from step to step back to the beginning of the sequence."""
+    """Verdict on a gradient that grows from time step to time step towards the beginning of the sequence."""
     return replace(
         found,
         state="exploding",
@@ -181,7 +187,7 @@ def _growing_through_time(found: Verdict, growing: Reach) -> Verdict:
 
 
 def _starved(found: Verdict, evidence: Evidence) -> Verdict:
-    """Weights that get far less than the others, in relation to their size."""
+    """Verdict on weights whose gradient, relative to their size, is far below that of the others."""
     starved = evidence.starved
     n = len(starved.names)
     get, its = ("s get", "their") if n > 1 else (" gets", "its")
@@ -200,10 +206,10 @@ def _starved(found: Verdict, evidence: Evidence) -> Verdict:
 
 
 def _at_the_head(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
-    """A head, or what follows it, that passes on next to nothing; ``found`` where it does pass it on.
+    """Verdict on a head that passes on almost no gradient, or ``found`` if it does pass it on.
 
-    What follows the last weights may pass on little because the loss is near its least, as an entropy is at
-    the start: that is no fault of the network.
+    The gradient may also be small because the loss is near its minimum, as an entropy is at the start; that
+    is not a fault of the network.
     """
     head = evidence.head
     if head is None or head.gain >= HEAD:
@@ -222,7 +228,7 @@ def _at_the_head(found: Verdict, evidence: Evidence, after: StretchGain) -> Verd
 
 
 def _is_weak(head: Head, evidence: Evidence) -> bool:
-    """Whether it is the last weights that pass on next to nothing."""
+    """Whether the last weights pass on almost no gradient."""
     return (head.gain if evidence.last_weights is None else evidence.last_weights) < HEAD
 
 
@@ -231,5 +237,5 @@ def _vanishes(reach: Reach) -> bool:
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The worst of several chains'."""
+    """The worst of several verdicts."""
     return min(verdicts, key=lambda v: (ORDER.index(v.state), v.score if v.score is not None else 0.0))

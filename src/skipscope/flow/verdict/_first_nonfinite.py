@@ -1,4 +1,4 @@
-"""The first call that gives a number that is not finite; the first stale batch norm."""
+"""Search for the first call with a result that is not finite, and for the first stale batch norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skipscope._torch_private import without_modes
 from skipscope.shortcuts import TracedCall
 from skipscope.shortcuts.trace import recording
 
-# Running variances this many times off those of the data are stale.
+# Running variances that differ from those of the data by this factor are stale.
 STALE = 1e3
 _WORDS = {
     "softmax": "every entry of a row is masked",
@@ -44,7 +44,7 @@ _CAUSES: dict[str, VerdictCause] = {
     "linalg_vector_norm": "norm",
     "vector_norm": "norm",
 }
-# Outside their domain they give NaN.
+# Functions that give NaN outside of their domain.
 _DOMAINS = {
     "acos",
     "asin",
@@ -58,17 +58,17 @@ _DOMAINS = {
     "arccos",
     "arcsin",
 }
-# They put infinities in on purpose: a mask.
+# Functions used for masks, which insert infinities deliberately.
 _MASKS = {"masked_fill", "where", "setitem", "fill", "new_full", "triu", "tril"}
 
 
 class _Finite:
-    """Listener for the first call whose result is not finite where its operands are."""
+    """Listener for the first call whose result is not finite although its operands are."""
 
     def __init__(self) -> None:
         self.first: tuple[str, str, bool] | None = None  # function, module, whether NaN
         self.made: dict[Any, tuple[str, str]] = {}
-        # A value that has been written into since is not looked at: its operands are no more.
+        # Faults are stored by value, because a value may be overwritten in place later.
         self.known: dict[int, tuple[bool, bool]] = {}
 
     def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -90,7 +90,7 @@ class _Finite:
                 self.made.setdefault(t.grad_fn, (call.function, call.module))
 
     def first_back(self, value: Tensor, weights: list[Tensor]) -> tuple[str, str, bool] | None:
-        """The first node, going back, that takes a finite gradient and gives one that is not."""
+        """The first node of the backward pass that turns a finite gradient into one that is not, or None."""
         found: list[tuple[str, str, bool]] = []
 
         def look(node: Any):
@@ -110,7 +110,7 @@ class _Finite:
                 handles.append(node.register_hook(look(node)))
                 stack += [parent for parent, _ in node.next_functions]
         try:
-            # Not backward(): some people run their optimizer in hooks that it calls.
+            # backward() would call post-accumulate hooks, which may run an optimizer.
             torch.autograd.grad(value, weights, allow_unused=True)
         finally:
             for handle in handles:
@@ -120,7 +120,7 @@ class _Finite:
 
 
 def _faults(tensor: Tensor) -> tuple[bool, bool]:
-    """Whether a tensor holds NaN; and whether it holds what is not finite."""
+    """Whether a tensor holds NaN, and whether it holds NaN or infinities."""
     value = tensor.detach()
     return bool(value.isnan().any()), not bool(value.isfinite().all())
 
@@ -130,7 +130,7 @@ def _finite(gradients: tuple[Tensor | None, ...]) -> bool:
 
 
 def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[VerdictCause, str] | None:
-    """Cause and description of the first call, forward or backward, that makes a number not finite."""
+    """Cause and description of the first call, forward or backward, whose result is not finite, or None."""
     try:
         for batch in data:
             watched = _Finite()
@@ -147,8 +147,8 @@ def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[V
 
 
 def _described(name: str, module: str, nan: bool) -> tuple[VerdictCause, str]:
-    # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less
-    # another.
+    # These functions give NaN outside of their domain without an overflow. Any other NaN is a difference of
+    # infinities.
     outside = nan and name in _DOMAINS
     cause = _CAUSES.get(name, "unexplained" if outside else "overflow")
     words = _WORDS.get(cause, "its result overflows" if not nan else "it gives NaN")
@@ -157,7 +157,7 @@ def _described(name: str, module: str, nan: bool) -> tuple[VerdictCause, str]:
 
 
 def stale_norm(model: nn.Module, data: Batches, loss: Objective) -> str:
-    """Description of the first batch norm in eval mode that does not fit the data, or ""."""
+    """Description of the first batch norm in eval mode with stale running statistics, or ""."""
     found: list[str] = []
 
     def look(path: str, module: Any):

@@ -1,4 +1,4 @@
-"""Rules: from the flow at boundaries to a verdict, by pure functions.
+"""Rules that turn the flow at boundaries into a verdict, as pure functions.
 
 With g_i the flow (RMS of the gradient) at boundary i of n, and y_i = log10 g_i:
 fall = y_last - y_first; slope = the least-squares coefficient of y on i; both positive when the gradient
@@ -25,54 +25,51 @@ from skipscope._option_words import (
 )
 from skipscope.flow._flow_result import Verdict
 
-# So many decades lost, or gained, going back are trouble. Of 300 networks labelled by training
-# (benchmarks/verdict.py) none that SGD can train loses more than 2.2, and none gains more than 2.5. The
-# lecture's network with unscaled shortcuts learns under SGD at 30, 33 and 36 layers, where it gains 1.8 to
-# 2.8 decades, and no longer at 40 (2.7 to 3.0). Adam, whose steps do not depend on the gradient's size, bears
-# far more of both.
+# Limits in decades lost or gained going back. Of 300 networks labelled by training (benchmarks/verdict.py),
+# none that SGD can train loses more than 2.2 decades or gains more than 2.5. The lecture's network with
+# unscaled shortcuts learns under SGD at 30, 33 and 36 layers, where it gains 1.8 to 2.8 decades, but not at
+# 40 layers (2.7 to 3.0). Adam, whose steps do not depend on the gradient's size, tolerates far more of both.
 FALL, GROWTH = 2.5, 2.5
 ADAM_FALL, ADAM_GROWTH = 9.0, 4.2
-# An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms
-# that meet small activations (an embedding of std 0.02, an image of little contrast) put all of theirs into
-# one or two: a change of scale.
+# An explosion is spread over at least three steps: at least this growth remains without the two largest
+# steps. Norms after small activations (an embedding of std 0.02, an image of low contrast) have all their
+# growth in one or two steps, which is a change of scale.
 SPREAD_GROWTH = 1.9
-# Where norms stand between the weights each step adapts to the gradient's size (Arora, Li, Lyu 2018,
-# Theoretical Analysis of Auto Rate-Tuning by Batch Normalization). Batch norms add about 0.1 decades a layer
-# (Yang et al. 2019, A Mean Field Theory of Batch Normalization): stock MobileNets gain 3.2 decades, a
-# residual network of 110 layers 3.7, and they train.
+# Limit with norms between the weights, where steps adapt to the gradient's size (Arora, Li, Lyu 2018,
+# Theoretical Analysis of Auto Rate-Tuning by Batch Normalization). Batch norms add about 0.1 decades per
+# layer (Yang et al. 2019, A Mean Field Theory of Batch Normalization): stock MobileNets gain 3.2 decades, a
+# residual network of 110 layers 3.7, and both train.
 NORMED_GROWTH = 4.5
-# Two estimates of the same fall may differ by so many standard errors; the band about a limit is never wider
-# than this.
+# Half-width of the band around a limit in standard errors, and its maximum in decades.
 ERRORS, WIDEST = 1.0, 0.3
-# A head that passes on less than this share is trouble, though its step is common to all layers.
+# Smallest share of the gradient that a healthy head passes on.
 HEAD = 1e-4
-# More than this share of a chain's weighted calls starved: the chain itself vanishes there.
+# A chain vanishes if more than this share of its weighted calls is starved.
 STARVED_SHARE = 0.1
 ALL: tuple[OptimizerKind, ...] = ("SGD", "Adam")
-# Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after
-# them.
+# Mean cosine between activations of different samples from which later layers cannot distinguish them.
 COLLAPSED = 0.995
-# A second cause is named beside the first when it makes up so much of the change.
+# Share of the change from which a second cause is named beside the first.
 SHARE_OF_SECOND = 0.25
-# Rectifiers: about half their units have no slope by design, and one that has none is off, not saturated.
+# Rectifiers: about half of their units have no slope by design, and such a unit is inactive, not saturated.
 RECTIFIERS = frozenset({"relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "hardswish"})
-# One step is called the place where it breaks when it makes up so much of the fall.
+# Share of the fall from which a single step is named as the place where the flow breaks.
 SHARE_OF_ONE = 0.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """One boundary as the verdict sees it.
+    """A boundary in the rules.
 
     Attributes:
-        name: of the boundary.
-        state: as in :class:`BoundaryFlow`, or one of those that only the rules tell apart.
-        log_flow: log10 of its flow, None where there is none.
-        similarity: mean cosine between the activations of different samples there.
-        merge: whether a shortcut ends there.
-        hidden: neither input nor output: only such points have a fall.
-        given: the model's input itself, through which no weight is trained.
-        samples: log10 of each sample's own norm; empty where not known.
+        name: name of the boundary.
+        state: state as in :class:`BoundaryFlow`, or a state that is only distinguished by the rules.
+        log_flow: log10 of its flow, or None without a flow.
+        similarity: mean cosine between the activations of different samples.
+        merge: whether a shortcut ends at the boundary.
+        hidden: whether it is neither input nor output; the fall is measured over hidden points only.
+        given: whether it is an input of the model, through which no weight is trained.
+        samples: log10 of the norm of each sample; empty if not known.
         log_relative: log10 of the norm of gradient times activation.
     """
 
@@ -93,12 +90,11 @@ class StretchGain:
 
     Attributes:
         activation: its activation function, or None.
-        slope: RMS of its derivative over all units, the factor it puts on the gradient's RMS.
-        saturated: the share of units whose derivative is below 5 % of its greatest.
-        inactive: the share of units whose derivative is exactly 0.
-        gain: RMS weight x sqrt(fan-out) of the weights in it, multiplied: the factor they put on the
-            gradient's RMS.
-        layer: its first weight.
+        slope: RMS of the function's derivative over all units: its factor on the gradient's RMS.
+        saturated: share of units whose derivative is below 5 % of its maximum.
+        inactive: share of units whose derivative is exactly 0.
+        gain: product over its weights of RMS weight x sqrt(fan-out): their factor on the gradient's RMS.
+        layer: name of its first weight.
     """
 
     activation: str | None = None
@@ -110,8 +106,7 @@ class StretchGain:
 
 
 def in_turn(gains: Sequence[StretchGain]) -> StretchGain:
-    """One stretch of several: all but the last one are beside each other (the branches of an Inception
-    module), and it takes them all.
+    """Combine parallel stretches, as in an Inception module, with the last, which reads their outputs.
 
     Example:
         >>> in_turn([StretchGain(gain=0.5), StretchGain(gain=2.0), StretchGain(gain=1e-4, layer="a")])
@@ -135,13 +130,14 @@ def in_turn(gains: Sequence[StretchGain]) -> StretchGain:
 
 @dataclass(frozen=True)
 class FlowContext:
-    """What the rules must know of the network.
+    """Properties of the network that the rules need.
 
     Attributes:
-        residual: shortcuts run along the boundaries, so that gains of branches do not multiply up.
-        normed: norms over the data stand between the weights. They undo the scale of what they take, and of
-            weights before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
-        dtype: of the gradients, for the reason when they underflow.
+        residual: whether shortcuts run along the boundaries, so that gains of branches do not multiply.
+        normed: whether there are norms over the data between the weights. They cancel the scale of their
+            inputs and of weights before them (Arora, Li, Lyu 2018), so growth is judged by gradient times
+            activation.
+        dtype: dtype of the gradients, for the reason of an underflow.
     """
 
     residual: bool = False
@@ -153,7 +149,7 @@ _PLAIN = FlowContext()
 
 
 def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
-    """Slope of ``y`` against 0, 1, 2, ... and its 95 % interval; None for fewer than two points.
+    """Slope of ``y`` against 0, 1, 2, ... and its 95 % confidence interval; None for fewer than two points.
 
     Example:
         >>> least_squares([0.0, 1.0, 2.0])
@@ -178,13 +174,13 @@ def judge(
     context: FlowContext = _PLAIN,
     culprit: tuple[VerdictCause, str] | None = None,
 ) -> Verdict:
-    """The verdict on a flow.
+    """Judge a flow.
 
     Args:
-        points: in order of execution.
-        stretches: for each boundary, what is between it and the next (or the output); may be empty.
-        context: what to know of the network.
-        culprit: (cause, words): what is not finite to begin with, where something is.
+        points: boundaries in order of execution.
+        stretches: gain between each boundary and the next (or the output); may be empty.
+        context: properties of the network.
+        culprit: (cause, description) of the first value that is not finite, if any.
     """
     residual, normed = context.residual, context.normed
     broken = _broken(points, stretches, residual, culprit)
@@ -232,13 +228,18 @@ def judge(
             f" {short(evidence)} in float64; {reason}"
         )
     return Verdict(
-        state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence,
+        state,
+        **numbers,
+        where=connected[at][1].name,
+        reason=reason,
+        cause=cause,
+        evidence=evidence,
         hinders=("SGD",) if -ADAM_GROWTH < fall < ADAM_FALL else ALL,
-    )  # fmt: skip
+    )
 
 
 def _noise(line: Sequence[Point]) -> float:
-    """Standard error of the fall, from how far the samples' own falls differ; 0 where they are not known."""
+    """Standard error of the fall, from the spread of the samples' falls; 0 if these are not known."""
     if len(line) < 2 or len(line[0].samples) != len(line[-1].samples):
         return 0.0
     falls = [b - a for a, b in zip(line[0].samples, line[-1].samples) if math.isfinite(b - a)]
@@ -248,13 +249,13 @@ def _noise(line: Sequence[Point]) -> float:
 
 
 def _uncertain(healthy: Verdict, band: float, limit: float) -> Verdict:
-    """Neither healthy nor in trouble: within the noise of a limit."""
+    """Verdict on a flow within the noise of a limit: neither healthy nor faulty."""
     reason = f"{healthy.reason}, which is nearer the limit of {limit} than its standard error of {band:.2g}"
     return replace(healthy, state="cannot tell", reason=reason, cause="noise", evidence=band)
 
 
 def _score(logs: Sequence[float]) -> float:
-    """Minus the decades between the greatest and the least flow of a line."""
+    """Minus the decades between the largest and the smallest flow of a line."""
     return min(logs, default=0.0) - max(logs, default=0.0)
 
 
@@ -285,9 +286,9 @@ def _healthy(points: Sequence[Point], fall: float | None, numbers: dict) -> Verd
 
 
 def _collapse(points: Sequence[Point]) -> Point | None:
-    """The first hidden boundary from which on, to the last one, different samples look the same.
+    """The first hidden boundary from which, up to the last, different samples look the same, or None.
 
-    No layer follows the output: alike outputs are what untrained networks give.
+    The output is left out, because no layer follows it, and untrained networks give similar outputs.
     """
     found = None
     for p in reversed([p for p in points if p.hidden]):
@@ -310,7 +311,7 @@ def _broken(
     residual: bool,
     culprit: tuple[VerdictCause, str] | None,
 ) -> Verdict | None:
-    """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
+    """Verdict in states without a meaningful fall (non-finite, unconnected, dead), or None."""
     nothing: dict = {"fall_decades": None, "slope": None, "slope_interval": None}
     forward = next((p for p in points if p.state == "nonfinite_activation"), None)
     back = next((p for p in reversed(points) if p.state == "nonfinite"), None)
@@ -346,8 +347,8 @@ def _dead(
     points: Sequence[Point], stretches: Sequence[StretchGain], residual: bool, nothing: dict
 ) -> Verdict:
     until = _until(points, "exact_zero")
-    # A layer that is dead can silence all that follow it: the first one is the cause, unless the loss passes
-    # nothing on. Where shortcuts run along, only the last one can be.
+    # A dead layer can silence all later layers, so the first is the cause, unless the loss itself passes no
+    # gradient on. With shortcuts only the last can be the cause.
     silent = [
         i
         for i, stretch in enumerate(stretches[: until + 1])
@@ -375,17 +376,17 @@ def _dead(
 
 
 def _is_silent(stretch: StretchGain) -> bool:
-    """Whether an activation function without slope, or weights that are all 0, stop the gradient."""
+    """Whether an activation function without slope, or weights that are all 0, block the gradient."""
     return bool((stretch.activation and stretch.inactive == 1) or (stretch.layer and stretch.gain == 0))
 
 
 def _off(stretch: StretchGain) -> tuple[VerdictCause, str]:
-    """The cause where units have no slope, and what such a unit is called."""
+    """The cause if units have no slope, and the word for such a unit."""
     return ("inactive", "inactive") if stretch.activation in RECTIFIERS else ("saturation", "saturated")
 
 
 def _until(points: Sequence[Point], state: GradientState) -> int:
-    """The last of the unbroken run from the first boundary on that is in ``state``."""
+    """Index of the last boundary of the run in ``state`` that starts at the first boundary."""
     last = 0
     for i, p in enumerate(points):
         if p.state != state:
@@ -395,7 +396,7 @@ def _until(points: Sequence[Point], state: GradientState) -> int:
 
 
 def _where(logs: Sequence[float]) -> int:
-    """Index of the greatest step if it is half of the fall, else of the step that crosses the limit."""
+    """Index of the largest step if it is half of the fall, otherwise of the step that crosses the limit."""
     fall = logs[-1] - logs[0]
     sign = math.copysign(1.0, fall)
     steps = [sign * (b - a) for a, b in pairwise(logs)]
@@ -414,7 +415,7 @@ def _why(
     stretches: Sequence[StretchGain],
     residual: bool,
 ) -> tuple[VerdictCause, str, float | None]:
-    """The cause in a word, the reason in a sentence, and its number."""
+    """The cause in a word, the reason in a sentence, and the number behind it."""
     fall, steps = logs[-1] - logs[0], len(logs) - 1
     word = "shrinks" if state == "vanishing" else "grows"
     each = 10.0 ** (-fall / steps)

@@ -1,8 +1,8 @@
 """Gain of the weights and slope of the activation functions between boundaries.
 
-For a stretch between two boundaries, a weight W puts RMS(W) sqrt(fan-out) on the gradient's RMS and an
-activation function the RMS of its derivative (mean-field theory; Schoenholz 2016, Pennington 2017): in a
-plain network their product is the factor at the boundary, but for correlations.
+Between two boundaries, a weight W multiplies the gradient's RMS by RMS(W) sqrt(fan-out), and an activation
+function by the RMS of its derivative (mean-field theory; Schoenholz 2016, Pennington 2017). In a plain
+network their product is the factor at the boundary, up to correlations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SATURATED = 0.05  # of the greatest slope
 
 
 class _Recorder(TorchFunctionMode):
-    """Gains and slopes of calls, by the number of the last boundary before them."""
+    """Recorder of gains and slopes of calls, by the index of the last boundary before them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -42,7 +42,7 @@ class _Recorder(TorchFunctionMode):
         if name == "softmax":
             self.slopes.setdefault(self.at, []).append(("softmax", *_softmax_slope(func(*args, **kwargs))))
         elif name in ACTIVATIONS and args[0].is_floating_point():
-            # Under torch.vmap and torch.func no tensor can be made to require a gradient.
+            # Inside torch.vmap and torch.func tensors cannot be made to require a gradient.
             with contextlib.suppress(RuntimeError):
                 self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
         elif name == "linear" or name in {"conv1d", "conv2d", "conv3d"}:
@@ -52,7 +52,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def name_of(self, weight: Tensor) -> str:
-        """FSDP2 puts the whole weight into a module only while it runs: then its name is looked up."""
+        """Name of a weight, looked up during the call because FSDP2 replaces the parameters of a module."""
         if id(weight) not in self.names:
             self.names = {id(p): name for name, p in self.model.named_parameters()}
         return self.names.get(id(weight), "weight")
@@ -70,24 +70,27 @@ class _Recorder(TorchFunctionMode):
         top = max(float(size.max()), 0.25 if "sigmoid" in func.__name__ else 1.0) if size.numel() else 1.0
         rms = math.sqrt(float(size.square().mean())) if size.numel() else 1.0
         return (
-            func.__name__.strip("_"), rms, float((size < SATURATED * top).double().mean()),
+            func.__name__.strip("_"),
+            rms,
+            float((size < SATURATED * top).double().mean()),
             float((size == 0).double().mean()),
-        )  # fmt: skip
+        )
 
 
 def _softmax_slope(shares: Tensor) -> tuple[float, float, float]:
-    """RMS of p (1 - p) in relation to equal shares; the shares of units that are saturated and inactive."""
+    """RMS of p (1 - p) relative to a uniform p, and the shares of saturated and inactive units."""
     p = shares.detach().double()
     n = p.numel() / max(1, p.sum().item())  # classes
     slope = p * (1 - p) / max(1 / n * (1 - 1 / n), 1e-300)
     return (
-        math.sqrt(float(slope.square().mean())), float((slope < SATURATED).double().mean()),
+        math.sqrt(float(slope.square().mean())),
+        float((slope < SATURATED).double().mean()),
         float((slope == 0).double().mean()),
-    )  # fmt: skip
+    )
 
 
 def gain(weight: Tensor, stride: Any = 1) -> float:
-    """RMS(W) sqrt(fan-out): what a linear map with independent weights does to the RMS of a gradient.
+    """RMS(W) sqrt(fan-out): the factor of a linear map with independent weights on a gradient's RMS.
 
     Example:
         >>> round(gain(torch.eye(4)), 6)
@@ -99,7 +102,7 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
 
 
 def layer_gains(subject: Subject) -> dict[str, StretchGain]:
-    """The gain after each boundary, from a forward pass over one batch; empty where that needs gradients."""
+    """Gain after each boundary, from a forward pass over a batch; empty if the pass needs gradients."""
     recorder, points = _Recorder(subject.model), subject.boundaries
 
     def touch(i: int, activation: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def layer_gains(subject: Subject) -> dict[str, StretchGain]:
         return {}
     gains, slopes = recorder.gains, recorder.slopes
     for i in range(len(points) - 1):
-        # Between boundaries a softmax chooses (attention, routing); only that of an output squashes.
+        # A softmax between boundaries is attention or routing; only that of the output acts as an activation.
         slopes[i] = [s for s in slopes.get(i, []) if s[0] != "softmax"]
     return {p.name: _stretch_gain(gains.get(i, []), slopes.get(i, [])) for i, p in enumerate(points)}
 
@@ -123,6 +126,10 @@ def _stretch_gain(
 ) -> StretchGain:
     worst = min(slopes, key=lambda s: s[1], default=(None, 1.0, 0.0, 0.0))
     return StretchGain(
-        worst[0], math.prod(s[1] for s in slopes), worst[2], worst[3], math.prod(g for _, g in gains),
+        worst[0],
+        math.prod(s[1] for s in slopes),
+        worst[2],
+        worst[3],
+        math.prod(g for _, g in gains),
         min(gains, key=lambda g: g[1])[0] if gains else None,
-    )  # fmt: skip
+    )

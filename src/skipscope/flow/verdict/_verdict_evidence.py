@@ -1,8 +1,8 @@
 """Evidence of a verdict: lines of hidden boundaries, the head, starved weights, reach through time.
 
-With g the L2 norm of the gradient over the whole batch, a *line* is the boundaries computed from one input of
-the model, from the first one whose weights are trained to the last hidden one. Where all of a line's gradient
-comes by an average over N positions, what its norm loses there is geometry and is put back.
+With g the L2 norm of the gradient over the whole batch, a *line* consists of the boundaries computed from one
+input of the model, from the first with trained weights to the last hidden one. If all of a line's gradient
+passes an average over N positions, the norm that it loses there is added back.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from skipscope.flow.verdict._flow_rules import Point
 from skipscope.shortcuts import Boundary, tap_boundaries
 from skipscope.shortcuts.trace import NeedsGradients, recording
 
-# A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes
+# Share of the gradient that is left at the reach, and the number of reaches beyond which a sequence vanishes
 # through time.
 LEFT, REACHES = 1e-3, 3
-# So many decades below the chain's median of |dL/dW| / |W| a weight starves.
+# Decades below the chain's median of |dL/dW| / |W| at which a weight is starved.
 STARVED = 4.0
-# Or so many below the greatest: 93 stock models have 6 at most (one of 94 has q and k that attend to a single
-# position).
+# Decades below the maximum, if the median itself is starved. 93 of 94 stock models have at most 6; the other
+# has q and k that attend to a single position.
 STARVED_MOST = 9.0
-# A weight of this share of its usual size is as good as 0.
+# A weight below this share of its usual size counts as 0.
 NEARLY_ZERO = 1e-3
-# So many calls that cannot be looked into, one after another, are judged by what passes between them.
+# Fewest consecutive opaque calls that are judged by the gradients between them.
 HIDDEN_CALLS = 3
 # A step is taken out of the input by one call, after those by which it is read: a mask is made by more.
 _TAKING = 3
@@ -47,14 +47,14 @@ _TINY = 1e-300
 
 @dataclass(frozen=True)
 class Reach:
-    """How far back in time the gradient goes.
+    """Reach of the gradient back in time.
 
     Attributes:
-        site: the recurrent layer.
-        steps: until a thousandth of the gradient is left; None where more is left at the first step.
-        length: of the sequence, up to where it is read.
-        growth: decades that the gradient gains on its way to the first step, beyond what adding up a term for
-            each step can give; 0 where it gains none.
+        site: name of the recurrent layer.
+        steps: time steps until a thousandth of the gradient is left; None if more is left at the first step.
+        length: length of the sequence up to the last step that is read.
+        growth: decades that the gradient gains towards the first step, beyond what summing a term for each
+            step can give; 0 without growth.
     """
 
     site: str
@@ -65,14 +65,14 @@ class Reach:
 
 @dataclass(frozen=True)
 class Starved:
-    """Weights that get next to nothing while others on their chain do.
+    """Weights with a tiny gradient compared with others of their chain.
 
     Attributes:
-        names: their names, the most starved first.
-        share: of the weighted calls, those of which every weight starves.
-        decades: how far the most starved one is below the median.
-        zero: whether all of them get exactly 0.
-        than: what they are compared to: the median, or the greatest where most of them starve.
+        names: names of the weights, the most starved first.
+        share: share of the weighted calls whose weights are all starved.
+        decades: decades of the most starved weight below the reference.
+        zero: whether all of them have a gradient of exactly 0.
+        than: reference of the comparison: the median, or the maximum if most weights are starved.
     """
 
     names: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Starved:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Plain numbers from which a verdict follows.
+    """Numbers from which a verdict follows.
 
     Attributes:
         lines: by line, the points, each with its norm and whether it is hidden.
@@ -127,12 +127,12 @@ def evidence_of(
     """Derive the evidence from readings.
 
     Args:
-        points: by boundary that the pass reached, its state and the log10 of its flow.
-        places: the boundaries themselves.
-        kept: by point, the number of its boundary.
-        readings: of all batches.
-        settled: the same where what starts at zero by design has moved: starved weights are looked for there.
-        sizes: by weight, its norm (that of the rows used, for a lookup).
+        points: state and log10 of the flow of each boundary that the pass reached.
+        places: all boundaries.
+        kept: index of the boundary of each point.
+        readings: readings of all batches.
+        settled: readings after tensors that start at zero by design have moved, to find starved weights.
+        sizes: norm of each weight (for an embedding, of the rows used).
     """
     graph, unit = readings.graph, readings.output_gradient or 1.0
     if graph is None:
@@ -188,7 +188,7 @@ def evidence_of(
 def _averages(
     graph: CallGraph, sites: Sequence[SiteReading], pools: Sequence[PoolReading]
 ) -> list[tuple[int, float]]:
-    """The pools that all of the gradient before them comes by: number of the call, and decades lost in it."""
+    """The pools that all gradient before them passes: index of the call, and decades lost in it."""
     found, reached = [], graph.reached()
     for pool in pools:
         before = [site.order for site in sites if 0 <= site.order < pool.order]
@@ -198,7 +198,7 @@ def _averages(
 
 
 def _followed(graph: CallGraph, sites: Sequence[SiteReading], orders: Sequence[int]) -> list[bool]:
-    """By boundary, whether a weighted call follows: where none does it is the output."""
+    """Whether a weighted call follows each boundary; otherwise it is an output."""
     reached = graph.reached()
     calls = [site.order for site in sites if site.order in reached]
     after = graph.ancestors(parent for call in calls for parent in graph.parents[call])
@@ -207,14 +207,14 @@ def _followed(graph: CallGraph, sites: Sequence[SiteReading], orders: Sequence[i
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the boundaries of a model lie, known from a forward pass without gradients.
+    """Layout of a model's boundaries, from a forward pass without gradients.
 
     Attributes:
         hidden: by boundary, whether trained weights come before it and any after it, and it is on a line.
         lines: by boundary, the lines that it is on, as bits.
         averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
-        normed: norms over the data stand between the weights.
+        normed: whether there are norms over the data between the weights.
     """
 
     hidden: tuple[bool, ...]
@@ -224,7 +224,7 @@ class Layout:
 
 
 def layout_of(model: nn.Module, call: Callable[[], Any], points: Sequence[Boundary]) -> Layout:
-    """The layout of a model's boundaries, from one run of ``call``; run it inside ``untouched``."""
+    """Find the layout of a model's boundaries in a run of ``call``; use it inside ``untouched``."""
     try:
         return _layout(model, call, tuple(points), gradients=False)
     except NeedsGradients:
@@ -326,13 +326,13 @@ def _lines(
 def _through(
     on: Sequence[int], places: Sequence[Any], orders: Mapping[int, int], graph: CallGraph
 ) -> list[int]:
-    """Without the modules beside the line: those around which an earlier boundary still reaches the loss.
+    """Leave out modules beside the line, around which an earlier boundary still reaches the loss.
 
     Args:
-        on: numbers of boundaries, in order.
-        places: the boundaries.
-        orders: by boundary, the number of the call that gave it.
-        graph: of the calls.
+        on: indices of boundaries, in order.
+        places: all boundaries.
+        orders: boundary -> index of the call that produced it.
+        graph: graph of the calls.
     """
     times = Counter((places[k].key.host, places[k].key.site) for k in on)
     found: list[int] = []
@@ -365,7 +365,7 @@ def _head(
 def _last_weights(
     head: Head | None, ends: Sequence[SiteReading], averages: Sequence[tuple[int, float]], unit: float
 ) -> float | None:
-    """The norm at the last hidden boundary over that at the outputs of the last weighted calls."""
+    """Norm at the last hidden boundary over the norm at the outputs of the last weighted calls, or None."""
     norms = [s.norm / unit * 10.0 ** sum(d for at, d in averages if at > s.order) for s in ends]
     total = math.hypot(*norms)
     return head.gain / total if head is not None and total > 0 and math.isfinite(total) else None
@@ -430,7 +430,7 @@ def _fused(sites: Sequence[SiteReading]) -> list[Reach | None]:
 
 
 def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
-    """The reach of a gradient whose norm at each step is ``profile``.
+    """Reach of a gradient with norm ``profile`` at each time step, or None.
 
     Example:
         >>> reach_of("rnn", [10.0 ** (t - 9) for t in range(10)]).steps
@@ -443,7 +443,7 @@ def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
     growth = 0.0
     if profile[-1] > 0 and end < len(profile) // 2:
         growth = max(0.0, math.log10(greatest / profile[-1]) - math.log10(len(profile)))
-    # Beyond rounding: where exactly a thousandth is left, the gradient has come to its end.
+    # The margin is for rounding: if exactly a thousandth is left, the gradient has ended.
     far = [t for t in range(end + 1) if profile[t] > LEFT * greatest * (1 + 1e-9)]
     steps = None if far[0] == 0 else end - far[0] + 1
     return Reach(name, steps, end + 1, growth)
@@ -454,7 +454,7 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
     reached = graph.reached() if graph is not None and graph.results else None
     calls = [s for s in readings.sites if s.trained and s.seen and (reached is None or s.order in reached)]
     weights = [site.weights for site in calls]
-    # Inside a call that cannot be looked into each weight counts for itself.
+    # Inside an opaque call each weight is counted separately.
     called = {name for site in readings.sites for name in site.weights}
     weights += [(name,) for name in readings.weights if readings.hidden and name not in called]
     ratio = {}
@@ -468,9 +468,9 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
 
 
 def _single(readings: Readings) -> tuple[str, ...]:
-    """Weights that get nothing because what is computed from them chooses among one position.
+    """Weights of queries and keys without a gradient, because they attend to a single position.
 
-    That is exactly 0, or what rounding leaves of it (the fused attention of torch 2.14).
+    Their gradient is exactly 0, or rounding errors (in the fused attention of torch 2.14).
     """
     graph = readings.graph
     if graph is None or not readings.single:
@@ -482,26 +482,24 @@ def _single(readings: Readings) -> tuple[str, ...]:
     for name in names:
         weight = readings.weights.get(name)
         if weight is not None and weight.trainable and weight.total is not None:
-            # In half precision earlier layers may get as little as its rounding.
+            # In half precision the gradients of earlier layers may be as small as its rounding errors.
             eps = min(torch.finfo(weight.total.dtype).eps, torch.finfo(torch.float32).eps)
             found += [name] * all(rms <= 4 * eps * largest for rms in weight.rms)
     return tuple(found)
 
 
 def size_of(weight: Tensor, norm: float) -> float:
-    """The norm to which a weight's gradient is compared: of one that is 0, or has just left it, what an
-    initialisation gives.
-    """
+    """Reference norm for a weight's gradient: the weight's own, or its usual initial norm if nearly zero."""
     usual = math.sqrt(weight.numel() / max(1, weight[0].numel() if len(weight) else 1))
     return norm if norm > NEARLY_ZERO * usual else usual
 
 
 def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Starved:
-    """The weights that get next to nothing, by |dL/dW| / |W|.
+    """Find starved weights by |dL/dW| / |W|.
 
     Args:
-        ratio: |dL/dW| / |W| by weight.
-        calls: the weights of each weighted call.
+        ratio: |dL/dW| / |W| of each weight.
+        calls: weights of each weighted call.
 
     Example:
         >>> starved_of({"a": 1.0, "b": 1.0, "c": 1e-7}, [("a",), ("b",), ("c",)])
@@ -511,7 +509,7 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
         return Starved()
     ordered = sorted(ratio.values())
     median = ordered[len(ordered) // 2]
-    # Where most of them starve the median does, too.
+    # If most weights are starved, so is the median.
     is_usual = median >= ordered[-1] * 10**-STARVED_MOST
     usual, limit = (median, STARVED) if is_usual else (ordered[-1], STARVED_MOST)
     low = sorted((r, name) for name, r in ratio.items() if r < usual * 10**-limit)
@@ -528,10 +526,9 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
 def _between_hidden(
     readings: Readings, averages: Sequence[tuple[int, float]], unit: float
 ) -> tuple[Point, ...]:
-    """The line of outputs of calls that cannot be looked into, where they follow each other and each holds a
-    small part of the weights; else ().
+    """The chain of opaque calls' outputs, if each follows the last and holds few of the weights; else ().
 
-    What happens inside one is not seen: so there must be several.
+    Gradients inside an opaque call are not seen, so there must be several calls.
     """
     graph = readings.graph
     found = [site for site in readings.hidden if site.seen and site.norm > _TINY and site.finite]
@@ -545,7 +542,7 @@ def _between_hidden(
 
 
 def _opaque(readings: Readings) -> str:
-    """Name of an opaque call, where more than half of the weights get their gradient in such calls."""
+    """Name of an opaque call if more than half of the weights are inside such calls, otherwise ""."""
     called = {name for site in readings.sites for name in site.weights}
     got = [name for name, weight in readings.weights.items() if weight.total is not None]
     inside = [name for name in got if name not in called]
@@ -555,10 +552,10 @@ def _opaque(readings: Readings) -> str:
 def _unconnected(
     readings: Readings, sites: Sequence[SiteReading], reached: set[int] | None
 ) -> tuple[tuple[str, ...], str]:
-    """Trained calls that reach the loss and get no gradient, and the call that cuts it."""
+    """Trained calls that the loss depends on without a gradient, and the call that cuts the gradient."""
     graph = readings.graph
     assert graph is not None
-    # An output may get none where its weights do: the derivative in a loss that differentiates inside.
+    # An output may get no gradient although its weights do, in a loss with a derivative inside.
     got = {name for name, weight in readings.weights.items() if weight.total is not None}
     lost = [s for s in sites if s.trained and not s.seen and not set(s.weights) & got]
     if not lost or reached is None:

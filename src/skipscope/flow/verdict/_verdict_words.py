@@ -1,4 +1,4 @@
-"""The verdict in words: one sentence on what, where and how much; and what to do about each cause."""
+"""Wording of a verdict: the finding in a sentence, and advice for each cause."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ADVICE: dict[VerdictCause, str] = {
 
 
 def share(decades: float) -> str:
-    """How much of a gradient is left, as a beginner reads it.
+    """The share of a gradient that is left, in words for beginners.
 
     Example:
         >>> share(17.0), share(2.5)
@@ -67,7 +67,7 @@ def share(decades: float) -> str:
 
 
 class Judged(Protocol):
-    """What the words are made of; see :class:`skipscope.flow.Verdict`."""
+    """Attributes used in the wording; see :class:`skipscope.flow.Verdict`."""
 
     @property
     def state(self) -> VerdictState: ...
@@ -145,5 +145,5 @@ def advice_on(verdict: Judged) -> str:
 
 
 def _times(decades: float) -> str:
-    """A growth of so many decades in words."""
+    """A growth of ``decades`` in words."""
     return f"{10**decades:,.0f}-fold" if decades < 6 else f"by a factor of 10^{decades:.0f}"

@@ -1,4 +1,4 @@
-"""The rows of a run: kept on disk, read again, and judged."""
+"""History of a run: storage on disk, reading and the live verdict."""
 
 from skipscope.monitor.history._history import STATES as STATES
 from skipscope.monitor.history._history import History as History

@@ -1,4 +1,4 @@
-"""Result of a monitor: history as plain columns, verdict, and events when the verdict changed."""
+"""Result of a monitor: history as plain columns, verdict, and changes of the verdict."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ FLOW: LiveBasis = "boundary flow"
 
 
 def total_of(norm: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """L2 norm over all parameters (the last axis); inf where one of them is not finite."""
+    """L2 norm over all parameters (the last axis); inf if any of them is not finite."""
     total = np.sqrt(np.nansum(np.square(norm), axis=-1))
     return np.where((states == STATES.index("nonfinite")).any(axis=-1), np.inf, total)
 
 
 @dataclass(frozen=True)
 class LiveVerdict:
-    """What the gradients are like, as far as a running training lets it be known.
+    """Verdict on the gradients of a running training.
 
     Attributes:
         state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``,
             ``"unconnected"``; ``"unknown"`` before the first step.
-        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall
-            where the flow does not).
-        step: the optimizer step it was given at.
-        reason: a sentence with the number that says so.
-        where: the boundary or parameter where it breaks; None for a healthy one.
-        fall_decades: log10(last / first) of the profile it rests on; positive: shrinks going back.
+        basis: evidence of the verdict: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can
+            fall although the flow does not).
+        step: optimizer step of the verdict.
+        reason: the reason in a sentence, with the number behind it.
+        where: boundary or parameter at which the gradient breaks; None if healthy.
+        fall_decades: log10(last / first) of the profile; positive if the gradient shrinks going back.
         slope: decades per boundary (or weight), same sign.
-        slope_interval: its 95 % interval.
-        advice: what to do about it; empty where nothing need be done.
-        hinders: the kinds of optimizer that it keeps from learning, of ``"SGD"`` and ``"Adam"``: judged for
-            the one that is watched where its kind is known, so empty where that one bears it.
-        chain: the model, or the optimizer, whose loss it is about; empty where there is only one.
-        chains: one verdict for each of them; empty where there is only one. The whole has the worst state of
-            them.
-        finding: the verdict in one sentence, as ``gradient_flow`` has it.
-        starved: weights that get next to nothing while others do, the most starved first; judged where it is
-            known which weights follow each other.
-        score: minus the decades between the greatest and the least of the profile; None where there is none.
+        slope_interval: its 95 % confidence interval.
+        advice: what to do; empty if nothing needs to be done.
+        hinders: kinds of optimizer that cannot learn with these gradients, of ``"SGD"`` and ``"Adam"``. If
+            the kind of the watched optimizer is known, only that kind is judged.
+        chain: model or optimizer whose loss is judged; empty if there is only one.
+        chains: a verdict for each chain; empty if there is only one. The overall verdict has the worst state.
+        finding: the verdict in one sentence, as in ``gradient_flow``.
+        starved: weights whose gradient is tiny compared with others, the most starved first; only judged if
+            the order of the weights is known.
+        score: minus the decades between the largest and the smallest value of the profile, or None without a
+            profile.
     """
 
     state: LiveState
@@ -78,12 +78,12 @@ class LiveVerdict:
 
 @dataclass(frozen=True)
 class VerdictEvent:
-    """The state changed.
+    """Change of the verdict's state.
 
     Attributes:
-        step: the optimizer step.
-        before: the state until then.
-        verdict: the verdict from then on.
+        step: optimizer step of the change.
+        before: previous state.
+        verdict: new verdict.
 
     Example:
         >>> import torch, skipscope as ss
@@ -108,47 +108,47 @@ class VerdictEvent:
 
 @dataclass(frozen=True, eq=False)
 class History(Result):
-    """What a monitor recorded: one row an optimizer step, one column a parameter.
+    """Recording of a monitor: a row for each optimizer step, a column for each parameter.
 
-    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced
-    over the ranks, whole, and after clipping; ``norm_before_clip`` is that before clipping where it could be
-    known.
+    Gradients are those that the optimizer received: after accumulation and clipping, without the loss scale,
+    reduced over ranks, full under sharding. ``norm_before_clip`` is the norm before clipping, if known.
 
     Attributes:
         parameters: names, in the model's order; ``[P]``.
-        shapes: of each; ``[P]``.
-        owners: the optimizer that updates it, by its place among those watched; ``[P]``.
-        groups: its parameter group in that optimizer; ``[P]``.
-        steps: the optimizer's step, counted from 1 since the watch began; ``[rows]``.
-        seconds: since the watch began; ``[rows]``.
-        optimizers: the optimizer that stepped; ``[rows]``.
-        norm: L2 norm of dL/dw; ``[rows, P]``; NaN where there is none, and at the first step at which an
+        shapes: shapes of the parameters; ``[P]``.
+        owners: index of the optimizer that updates each parameter; ``[P]``.
+        groups: index of its parameter group in that optimizer; ``[P]``.
+        steps: step of the optimizer, counted from 1 since the watch began; ``[rows]``.
+        seconds: seconds since the watch began; ``[rows]``.
+        optimizers: index of the optimizer that stepped; ``[rows]``.
+        norm: L2 norm of dL/dw; ``[rows, P]``; NaN if there is no gradient, and at the first step at which an
             accelerator's float32 could not hold its square.
-        mean_abs: mean |dL/dw|, the lecture's; ``[rows, P]``.
-        norm_before_clip: L2 norm before clipping; NaN where unknown; ``[rows, P]``.
+        mean_abs: mean |dL/dw|, as in the lecture; ``[rows, P]``.
+        norm_before_clip: L2 norm before clipping; NaN if unknown; ``[rows, P]``.
         states: index into ``monitor.STATES``; ``[rows, P]``.
-        total_before_clip: the total norm that ``clip_grad_norm_`` found; NaN where unknown; ``[rows]``.
-        loss_scale: GradScaler's scale, already divided out; NaN without a scaler; ``[rows]``.
-        skipped: 1 where GradScaler skipped the step; ``[rows]``.
-        evaluations: how often a closure was evaluated; 0 without a closure; ``[rows]``.
-        boundaries: where the flow is read, nearest the input first; ``[B]``.
-        flow_steps: ``[flow rows]``.
-        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; inf where it is not finite,
-            NaN where none arrived.
+        total_before_clip: total norm measured by ``clip_grad_norm_``; NaN if unknown; ``[rows]``.
+        loss_scale: scale of GradScaler, already divided out; NaN without a scaler; ``[rows]``.
+        skipped: 1 if GradScaler skipped the step; ``[rows]``.
+        evaluations: number of evaluations of a closure; 0 without a closure; ``[rows]``.
+        boundaries: boundaries at which the flow is read, nearest the input first; ``[B]``.
+        flow_steps: optimizer steps of the flow readings; ``[flow rows]``.
+        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; inf if it is not finite,
+            NaN if no gradient arrived.
         verdict: the last verdict.
-        events: when the state changed.
-        notes: what else a reader should know.
-        complete: False when read from a folder whose run has not been closed.
-        roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``; ``[P]``.
-        chains: the model, or the optimizer, whose loss the parameter belongs to; ``[P]``.
-        kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` where unknown;
+        events: changes of the state.
+        notes: further remarks.
+        complete: False if read from the folder of a run that has not been closed.
+        roles: ``"table"`` for an embedding, ``"bias"`` for the bias of a linear layer or a convolution,
+            otherwise ``""``; ``[P]``.
+        chains: model or optimizer whose loss the parameter belongs to; ``[P]``.
+        kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` if unknown;
             ``[P]``.
-        flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it
-            alone; -1 where the boundary was no part of the pass; ``[flow rows, B]``.
-        flow_relative: L2 norm of gradient times activation there, which the scale of a norm has no part in;
-            NaN where no norms stand between the weights; ``[flow rows, B]``.
-        flow_owners: the optimizer whose step it was; ``[flow rows]``.
-        hidden: whether each boundary is between input and output, where the fall is taken; ``[B]``.
+        flow_norm: L2 norm of dL/d(activation) over the whole batch, which does not depend on the width; -1 if
+            the boundary was not part of the pass, otherwise inf and NaN as in ``flow``; ``[flow rows, B]``.
+        flow_relative: L2 norm of gradient times activation, which does not depend on the scale of a norm
+            layer; NaN if there are no norm layers between the weights; ``[flow rows, B]``.
+        flow_owners: index of the optimizer of each reading; ``[flow rows]``.
+        hidden: whether each boundary is between input and output; the fall is measured over these; ``[B]``.
         averaging: decades that the norm at each boundary loses by averages between it and the output;
             ``[B]``.
         normed: norms over the data stand between the weights.
@@ -224,47 +224,51 @@ class History(Result):
 
     @property
     def total_norm(self) -> np.ndarray:
-        """L2 norm over the parameters of the optimizer that stepped, ``[rows]``; inf where one is not
-        finite.
-        """
+        """L2 norm ``[rows]`` over the parameters of the optimizer that stepped; inf if any is not finite."""
         return total_of(self.norm, self.states)
 
     def matrix(
         self, what: Quantity = "rms", *, optimizer: int = 0, weights_only: bool = True
     ) -> dict[str, Any]:
-        """What the heat map shows, as plain data.
+        """Data of the heat map.
 
         Args:
             what: ``"rms"``, ``"mean_abs"``, ``"norm"``, ``"norm_before_clip"`` or ``"flow"``.
-            optimizer: whose steps.
+            optimizer: index of the optimizer whose steps are shown.
             weights_only: leave out parameters with fewer than two dimensions (biases, norms).
 
         Returns:
-            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]``
-            (not log; NaN where there is none), ``label``, ``verdict``.
+            Dict with ``rows`` (names, nearest the input first), ``columns`` (steps), ``values``
+            ``[rows, columns]`` (not log; NaN if there is no value), ``label`` and ``verdict``.
         """
         if what == "flow":
             values, names, steps = self.flow.T, list(self.boundaries), self.flow_steps
         elif what in {"rms", "mean_abs", "norm", "norm_before_clip"}:
             rows = self.optimizers == optimizer
             columns = [
-                i for i, (owner, shape) in enumerate(zip(self.owners, self.shapes))
+                i
+                for i, (owner, shape) in enumerate(zip(self.owners, self.shapes))
                 if owner == optimizer and (len(shape) > 1 or not weights_only)
-            ]  # fmt: skip
+            ]
             values = getattr(self, what)[rows][:, columns].T
             names, steps = [self.parameters[i] for i in columns], self.steps[rows]
         else:
             raise SkipscopeError(
-                "History.matrix", f"there is no quantity {what!r}",
-                expected="rms, mean_abs, norm, norm_before_clip or flow", got=what,
-            )  # fmt: skip
+                "History.matrix",
+                f"there is no quantity {what!r}",
+                expected="rms, mean_abs, norm, norm_before_clip or flow",
+                got=what,
+            )
         return {
-            "rows": names, "columns": [int(s) for s in steps], "values": values, "label": _LABELS[what],
+            "rows": names,
+            "columns": [int(s) for s in steps],
+            "values": values,
+            "label": _LABELS[what],
             "verdict": str(self.verdict),
-        }  # fmt: skip
+        }
 
     def table(self) -> Table:
-        """One row a parameter: its last gradient and its range over the run."""
+        """Table with a row for each parameter: its last gradient and its range over the run."""
         rows = []
         rms = self.rms
         for i, name in enumerate(self.parameters):
@@ -299,8 +303,10 @@ class History(Result):
             )
         return Table(
             f"Gradients over {last}. Verdict at {self.verdict}",
-            ["parameter", "RMS now", "mean |g| now", "RMS least", "RMS most", "state"], rows, notes,
-        )  # fmt: skip
+            ["parameter", "RMS now", "mean |g| now", "RMS least", "RMS most", "state"],
+            rows,
+            notes,
+        )
 
     def _clipping_note(self) -> str:
         known = int(np.isfinite(self.total_before_clip).sum())

@@ -1,4 +1,4 @@
-"""From columns to a :class:`History`: of a live monitor, and of a folder on disk."""
+"""Assembly of a :class:`History` from columns of a live monitor or of a folder on disk, and its verdict."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from skipscope.monitor.recording._missing_gradients import MissingGradients
 from skipscope.monitor.recording._step_row import SCALARS
 from skipscope.monitor.recording._weight_lines import WeightLines
 
-# How many of the last steps a verdict from parameter gradients looks at.
+# Number of last steps in a verdict from parameter gradients.
 WINDOW = 8
-# In flow_norm, where a boundary was not part of the pass that a row is of.
+# Value in flow_norm for a boundary that was not part of the row's pass.
 NOT_RUN = -1.0
 ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
-# From 3 on, what is written carries checksums.
+# Since format 3, rows and lines have checksums.
 FORMAT = 3
 _EXPECTED = "a file that a monitor wrote"
 
@@ -49,16 +49,16 @@ def assemble(
     complete: bool = True,
     lines: WeightLines | None = None,
 ) -> History:
-    """Put columns side by side; parameters that came later are absent before.
+    """Join columns into a history; a parameter that was added later is absent in earlier rows.
 
     Args:
-        gradients: one entry for each optimizer and each set of parameters it had.
-        flow: one entry for each set of boundaries.
-        events: when the state changed.
-        notes: what a reader should know.
+        gradients: an entry for each optimizer and each set of its parameters.
+        flow: an entry for each set of boundaries.
+        events: changes of the state.
+        notes: remarks for the reader.
         complete: whether the run is over.
-        verdict: the live one; by default it is judged again.
-        lines: the parameters' towers and their order of execution, where they are known.
+        verdict: the live verdict; by default the history is judged again.
+        lines: towers and order of execution of the parameters, if known.
     """
     place: dict[tuple[int, str], tuple[Any, ...]] = {}
     for about, _ in gradients:
@@ -119,7 +119,7 @@ def assemble(
 
 
 def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str], int]) -> np.ndarray:
-    """A file's rows in the history's columns: scalars, optimizer, norm, mean, before, states."""
+    """Rows of a file in the columns of the history: scalars, optimizer, norm, mean, before, states."""
     P, p, S = len(column), len(about["names"]), len(SCALARS)
     out = np.full((len(rows), S + 1 + 4 * P), np.nan)
     out[:, :S], out[:, S] = rows[:, :S], about["optimizer"]
@@ -133,12 +133,12 @@ def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str]
 
 
 def states_without_gradient(mean: np.ndarray) -> np.ndarray:
-    """Where a row says that there was no gradient: mean |g| is then minus the state's number."""
+    """Mask of entries without a gradient: mean |g| is then minus the number of the state."""
     return mean < 0
 
 
 def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
-    """Index into STATES of each gradient, from its mean |g| and its dtype's smallest normal number."""
+    """Index into STATES of each gradient, from its mean |g| and the smallest normal number of its dtype."""
     states = np.full(mean.shape, float(STATES.index("ok")))
     states[mean < tiny] = STATES.index("underflow")
     states[mean == 0] = STATES.index("exact_zero")
@@ -149,7 +149,7 @@ def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
 
 
 def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
-    """Join the flow of all sets of boundaries.
+    """Join the flow readings of all sets of boundaries.
 
     Returns:
         Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms and norms of
@@ -204,15 +204,16 @@ def verdict_of(
     lines: WeightLines | None = None,
     sizes: Mapping[str, float] | None = None,
 ) -> LiveVerdict:
-    """The verdict on a history: one for each chain, and the worst of them for the whole.
+    """Judge the last rows of a history: a verdict for each chain, and the worst state for the whole.
 
     Args:
-        history: its last rows are looked at.
-        was: the verdict so far, so that a state is not left by a hair.
-        found: by optimizer, why gradients are missing, where that is known.
-        is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
-        sizes: L2 norms of the weights, where starved ones are to be looked for.
-        lines: the parameters' towers and their order of execution; by default one tower in the model's order.
+        history: the history.
+        was: previous verdict, used for hysteresis.
+        found: optimizer -> why gradients are missing, if known.
+        is_early: whether zero and missing gradients are not judged yet, as parts may start at zero by design.
+        sizes: L2 norms of the weights, to find starved weights; by default these are not searched.
+        lines: towers and order of execution of the parameters; by default a single tower in the model's
+            order.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
     before: dict[str, LiveState] = {v.chain: v.state for v in was.chains} or {"": was.state}
@@ -238,7 +239,7 @@ def _verdict_of_chain(
     lines: WeightLines,
     sizes: Mapping[str, float],
 ) -> LiveVerdict:
-    """From the flow where it was read on this chain, else from its parameters' gradients."""
+    """Judge a chain by its flow if that was read, otherwise by the gradients of its parameters."""
     owners = {history.owners[i] for i in part}
     causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
     unused = {name for cause in causes for name in cause.unused}
@@ -283,13 +284,20 @@ def _verdict_of_chain(
         reach = Reach(history.recurrent, steps, int(length), growth if growth > 0 else 0.0)
     relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
-        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1,
-        relative=relative, starved=max(hungry, key=lambda one: one.share),
-    )  # fmt: skip
+        places,
+        values[own],
+        step,
+        was,
+        normed=history.normed,
+        reach=reach,
+        is_early=is_early or step == 1,
+        relative=relative,
+        starved=max(hungry, key=lambda one: one.share),
+    )
 
 
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
-    """The parameters of each tower, in the order of execution; those of no known tower join every one."""
+    """The parameters of each tower, in order of execution; parameters of no known tower are in all towers."""
     names = history.parameters
     towers = sorted({tower for i in part if names[i] in lines for tower in lines[names[i]][0]})
     if not towers:
@@ -303,14 +311,14 @@ def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[li
 def _verdict_of_tower(
     history: History, tower: list[int], was: LiveState, is_early: bool, starved: Starved, lines: WeightLines
 ) -> LiveVerdict:
-    """Judge a tower; where its gradient changes, each stretch apart: all but the last one are branches."""
+    """Judge a tower as a whole, or each of its stretches, of which all but the last are branches."""
     whole = _verdict_of_parameters(history, tower, was, is_early, starved, bool(lines))
     stretches: dict[int, list[int]] = {}
     for i in tower:
         stretches.setdefault(lines.get(history.parameters[i], ((), i, -1))[2], []).append(i)
     if whole.state not in {"vanishing", "exploding"} or len(stretches) < 2:
         return whole
-    # Weights of different shapes are compared only along a whole tower.
+    # Weights of different shapes are only compared along a whole tower.
     usual = [Counter(history.shapes[i] for i in stretch) for stretch in stretches.values()]
     alike = [s for s, counts in zip(stretches.values(), usual) if max(counts.values()) >= _live_verdict.ALIKE]
     judged = [_verdict_of_parameters(history, stretch, was, is_early, starved, True) for stretch in alike]
@@ -318,7 +326,7 @@ def _verdict_of_tower(
 
 
 def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
-    """Weights of one tower that get next to nothing for their size; what gets exactly 0 may be unused."""
+    """Weights of a tower with a tiny gradient for their size; weights with gradient 0 may just be unused."""
     typical: dict[int, np.ndarray] = {}  # of every parameter, by optimizer
     for owner in {history.owners[i] for i in tower}:
         own = np.flatnonzero(history.optimizers == owner)[-WINDOW:]
@@ -336,13 +344,13 @@ def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float])
 def _verdict_of_parameters(
     history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved, is_ordered: bool
 ) -> LiveVerdict:
-    """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
+    """Judge by comparable biases of linear layers and convolutions, otherwise by weights."""
     if not len(history) or not part:
         return _live_verdict.UNKNOWN
     matrices = [i for i in part if len(history.shapes[i]) > 1]
-    # The gradient of an embedding is that of a few rows, by chance of the shape of other weights.
+    # Only a few rows of an embedding have a gradient, even if its shape equals that of other weights.
     weights = [i for i in matrices if history.roles[i] != "table"] or matrices or list(part)
-    # What is not finite counts wherever it is.
+    # A gradient that is not finite counts in any parameter.
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
@@ -358,8 +366,9 @@ def _verdict_of_parameters(
 
 
 def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: bool) -> LiveVerdict | None:
-    """Where the gradient ends, by the biases: theirs is 0 only where nothing arrives, that of a weight also
-    where its input is 0. None where they do not tell.
+    """Verdict on where the gradient ends, by the biases; None if they do not show it.
+
+    A bias has gradient 0 only if no gradient arrives, a weight also if its input is 0.
     """
     shapes = [()] * len(biases)  # dead or not: nothing is compared
     found = _judged_by(history, list(biases), shapes, was, "biases", is_early, Starved())
@@ -367,10 +376,16 @@ def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: 
 
 
 def _judged_by(
-    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
-    starved: Starved, is_ordered: bool = False,
-) -> LiveVerdict:  # fmt: skip
-    """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
+    history: History,
+    chosen: list[int],
+    alike: Sequence[Any],
+    was: LiveState,
+    what: str,
+    is_early: bool,
+    starved: Starved,
+    is_ordered: bool = False,
+) -> LiveVerdict:
+    """Judge the last steps of some parameters; those with equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
     everything = history.rms
     last = 0
@@ -400,18 +415,19 @@ def _judged_by(
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
-    """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is
-    not one.
+    """Read the history in a monitor's folder, even during the run or after a crash. Local.
 
-    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says
-    so. Local.
+    Of a long run only every second, fourth, ... row is read, as many as a live history holds; a note says so.
 
     Args:
         path: the folder.
-        all_rows: read every row.
+        all_rows: whether to read every row.
+
+    Returns:
+        The history, or None if the folder holds none.
 
     Raises:
-        SkipscopeError: it is one, but damaged or of a later format.
+        SkipscopeError: the history is damaged or of a later format.
     """
     path = Path(path)
     if not (path / ABOUT).is_file():
@@ -442,11 +458,11 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a monitor's folder says of itself, and what is damaged there.
+    """Read the description of a monitor's folder. Returns it with notes on damage.
 
     Raises:
-        SkipscopeError: it was written in a later format.
-        ValueError: it is no JSON object.
+        SkipscopeError: the folder was written in a later format.
+        ValueError: the description is not a JSON object.
     """
     refuse_devices(folder / ABOUT, operation="load", expected=_EXPECTED)
     text = (folder / ABOUT).read_text(encoding="utf-8")
@@ -475,7 +491,7 @@ def _files(
         keep = None if all_rows else most_rows(len(columns["names"]))
         about, rows, whole, changed = read_rows(file, keep)
         if (resumed := about.get("resumed_at")) is not None:
-            # Steps after the checkpoint that was resumed from were made again.
+            # Steps after the checkpoint from which the run was resumed were repeated.
             found = [
                 (other, kept[kept[:, 0] <= resumed] if other.get("resumed_at", -1) < resumed else kept)
                 for other, kept in found
@@ -501,9 +517,9 @@ def _is_empty(file: Path) -> bool:
 def _events(
     file: Path, notes: list[str]
 ) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
-    """Events, what the monitor wrote when it was closed, and the parameters' lines.
+    """Read the events, the monitor's closing entry and the parameters' lines.
 
-    A torn last line is left out; so is a line that has changed, with a note.
+    An incomplete last line is skipped; a damaged line is skipped with a note.
     """
     events, end, lines = [], None, None
     if not file.exists() or _is_empty(file):

@@ -1,12 +1,12 @@
-"""Live verdict: the rules of ``gradient_flow`` on what a running training shows.
+"""Live verdict: the rules of ``gradient_flow`` applied to a running training.
 
-On the *boundary flow* the rule applies as it is. *Parameter gradients* are weaker evidence: RMS dL/dW is the
+The rules apply directly to the *boundary flow*. *Parameter gradients* are weaker evidence: RMS dL/dW is the
 flow times the size of an activation, and depends on the weight's shape. So only weights of equal shape are
-compared (each shape gets its own level, all share how it changes with depth), and more is asked for
-before trouble is called. The gradient of a layer's *bias* is better: dL/db is the sum of dL/d(the layer's
-output) over samples and positions, the flow but for how far these agree. Over 200 networks its fall went with
-the flow's fall with a correlation of 0.998, that of weights with 0.79 (those of benchmarks/verdict.py that
-are not held out), so biases are judged by where enough are alike.
+compared (each shape has its own level, all share the change with depth), with stricter limits. The gradient
+of a layer's *bias* is better: dL/db is the sum of dL/d(the layer's output) over samples and positions, which
+differs from the flow only as far as these cancel. Over 200 networks (those of benchmarks/verdict.py that are
+not held out) the fall of bias gradients correlated with the fall of the flow by 0.998, that of weight
+gradients by 0.79. So biases are used if enough of them are comparable.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from skipscope.flow import (
 )
 from skipscope.monitor.history._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
-# dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
-# no weights of equal shape can be compared.
+# In one network dL/dW fell by 1.4 decades although dL/dx grew. So the limits are stricter than for a flow,
+# and stricter still if no weights of equal shape can be compared.
 _OF_WEIGHTS, _OF_UNEQUAL = 2.5, 3.5
-# So many of one shape can be compared.
+# Fewest weights of one shape that can be compared.
 ALIKE = 3
-# The norm of a stock ResNet's gradient grows by 1.9 decades on its way to the first layer, and it trains.
+# The gradient norm of a stock ResNet grows by 1.9 decades towards the first layer, and it trains.
 _GROWTH_OF_NORM = 2.5
-# A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
+# Hysteresis in decades: a state is left only if the fall is this much below the threshold.
 _STICKY = 0.3
 _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in STATES])
 
 NONE_STARVED = Starved()
-# Gradients do not tell which call it was; another pass over the batch does.
+# Gradients do not show which call produced it; another pass over the batch does.
 _FIND_NONFINITE = (
     "ss.gradient_flow(model, data, loss) on this batch names the first call that is not finite. Where the"
     " loss grew before, lower the learning rate or clip gradients."
@@ -69,7 +69,7 @@ _EARLY = "not every gradient has arrived yet; parts that start at zero are judge
 
 
 def badness(state: LiveState) -> int:
-    """The place of a state from unknown and healthy to the worst."""
+    """Rank of a state, from unknown and healthy to the worst."""
     return _BADNESS.index(state)
 
 
@@ -79,7 +79,7 @@ def severity(verdict: LiveVerdict) -> tuple[int, float]:
 
 
 def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> LiveVerdict:
-    """The verdict for the kinds of optimizer in use: which of them it hinders, and in words."""
+    """Adapt a verdict to the kinds of optimizer in use: which of them are hindered, and the wording."""
     if verdict.state not in {"vanishing", "exploding"}:
         return replace(verdict, chain=chain)
     known = sorted(kind for kind in kinds if kind)
@@ -93,7 +93,7 @@ def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> L
 
 @dataclass(frozen=True)
 class Place:
-    """A boundary.
+    """A boundary in a live verdict.
 
     Attributes:
         name: of the boundary.
@@ -110,22 +110,29 @@ class Place:
 
 
 def judge_flow(
-    places: Sequence[Place], values: np.ndarray, step: int, was: LiveState, *, normed: bool = False,
-    reach: Reach | None = None, is_early: bool = False, relative: Sequence[float] = (),
+    places: Sequence[Place],
+    values: np.ndarray,
+    step: int,
+    was: LiveState,
+    *,
+    normed: bool = False,
+    reach: Reach | None = None,
+    is_early: bool = False,
+    relative: Sequence[float] = (),
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries: that on the worst line.
 
     Args:
-        places: nearest the input first.
-        values: the gradient's size there: norms, so that widths do not matter; NaN where none arrived.
-        step: when it was read.
-        was: the state so far.
-        normed: norms over the data stand between the weights.
-        reach: of a recurrent layer.
-        is_early: boundaries without a gradient are left out.
-        starved: weights that get next to nothing, where that is known.
-        relative: the norm of gradient times activation there; NaN or empty where it was not read.
+        places: boundaries, nearest the input first.
+        values: norm of the gradient at each boundary, which does not depend on widths; NaN if none arrived.
+        step: step of the reading.
+        was: previous state.
+        normed: whether there are norm layers over the data between the weights.
+        reach: reach of a recurrent layer.
+        is_early: whether to leave out boundaries without a gradient.
+        starved: weights with a tiny gradient, if known.
+        relative: norm of gradient times activation at each boundary; NaN or empty if it was not read.
     """
     products = [*relative] or [math.nan] * len(places)
     count = max((place.lines for place in places), default=0).bit_length()
@@ -168,7 +175,7 @@ def _judge_line(
 
 
 def _head_of(points: Sequence[Point], hidden: Sequence[bool], places: Sequence[Place]) -> Head | None:
-    """What is between the last hidden boundary and the output, where both are read."""
+    """The head between the last hidden boundary and the output, or None if they are not both read."""
     last = max((i for i, inside in enumerate(hidden) if inside), default=None)
     if last is None or last == len(points) - 1:
         return None
@@ -191,25 +198,26 @@ def judge_gradients(
     is_ordered: bool = False,
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
-    """The verdict on the gradients of weights, or of biases.
+    """Judge the gradients of weights or biases.
 
     Args:
-        names: their names, in the model's order; ``[W]``.
-        shapes: their shapes, or whatever is the same for those that can be compared.
-        rms: RMS dL/dW of the last few steps; ``[steps, W]``, NaN where there is none.
+        names: names of the parameters, in the model's order; ``[W]``.
+        shapes: their shapes, or other keys that are equal for comparable parameters.
+        rms: RMS dL/dW of the last few steps; ``[steps, W]``, NaN if there is no gradient.
         states: index into STATES; ``[steps, W]``.
         step: the last of these steps.
-        was: the state so far.
-        what: ``"weights"``; or ``"biases"``, where some must be comparable.
-        is_early: weights without a gradient are left out.
-        is_ordered: they are in the order of execution.
-        starved: weights that get next to nothing, where that is known.
+        was: previous state.
+        what: ``"weights"``; or ``"biases"``, of which some must be comparable.
+        is_early: whether to leave out weights without a gradient.
+        is_ordered: whether the parameters are in the order of execution.
+        starved: weights with a tiny gradient, if known.
     """
     state: list[RecordedState] = _lasting(states)
     if is_early:
         state = ["absent" if s in {"exact_zero", "not_connected"} else s for s in state]
     if is_ordered and "ok" in state:
-        # What gets exactly 0 after one that does not is beside the line: q and k that attend to one position.
+        # A weight with gradient 0 after a weight with a gradient is on a side path, for example q and k that
+        # attend to a single position.
         first = state.index("ok")
         state[first:] = ["absent" if s == "exact_zero" else s for s in state[first:]]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -239,10 +247,10 @@ _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
 def _live(
     evidence: Evidence, of: str, step: int, was: LiveState, of_weights: float | None, normed: bool = False
 ) -> LiveVerdict:
-    """Judge as ``gradient_flow`` does, or by the limits of weights; a state is not left by a hair."""
+    """Judge as ``gradient_flow`` does, or by the limits for weights, with hysteresis."""
     found = judge_chain(evidence, {}, FlowContext(normed=normed))
     (points,) = evidence.lines
-    # That takes samples, or calls that cannot be looked into; neither is known here.
+    # That state needs samples or opaque calls, which are not known here.
     assert found.state != "cannot tell"
     state: LiveState = found.state
     reason, where, fall = found.reason, found.where, found.fall_decades
@@ -264,16 +272,27 @@ def _live(
             state, where, reason = "healthy", None, change + hint
     hinders = () if state == "healthy" else found.hinders or ("SGD",)
     if basis == GRADIENTS and state == "dead" and found.cause == "loss":
-        # A weight whose input is 0 gets 0 as well.
+        # The gradient of a weight is also 0 if its input is 0.
         reason = "every gradient is exactly 0: the loss passes none on, or the activations before it are 0"
         found = replace(found, cause="unexplained")
     cause = "none" if state == "healthy" else found.cause
     worded = replace(found, state=state, where=where, reason=reason, cause=cause)
     advice = _FIND_NONFINITE if state == "nonfinite" else "" if state == "healthy" else advice_on(worded)
     return LiveVerdict(
-        state, basis, step, reason, where, fall, found.slope, found.slope_interval,
-        advice=advice, hinders=hinders, finding=worded.finding, score=found.score, starved=found.starved,
-    )  # fmt: skip
+        state,
+        basis,
+        step,
+        reason,
+        where,
+        fall,
+        found.slope,
+        found.slope_interval,
+        advice=advice,
+        hinders=hinders,
+        finding=worded.finding,
+        score=found.score,
+        starved=found.starved,
+    )
 
 
 def _log(value: float, averaging: float) -> float | None:
@@ -289,10 +308,9 @@ def _flow_state(value: float, averaging: float) -> tuple[GradientState, float | 
 
 
 def _lasting(codes: np.ndarray) -> list[RecordedState]:
-    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the
-    last.
+    """State of each weight over several steps: zero or missing only if its gradient is so at every step.
 
-    ``codes`` are ``[steps, W]``, NaN where there was no step; returns a state for each weight.
+    A non-finite gradient counts if it is in the last step. ``codes`` are ``[steps, W]``, NaN for no step.
     """
     there = np.isfinite(codes)
     last = codes[len(codes) - 1 - there[::-1].argmax(axis=0), np.arange(codes.shape[1])]
@@ -304,7 +322,7 @@ def _lasting(codes: np.ndarray) -> list[RecordedState]:
 
 
 def _medians(values: np.ndarray) -> np.ndarray:
-    """The median of the finite values of each column; NaN where there is none."""
+    """Median of the finite values of each column; NaN if there are none."""
     kept = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)  # NaN comes last
     count, column = np.isfinite(kept).sum(axis=0), np.arange(values.shape[1])
     return (kept[np.maximum(count - 1, 0) // 2, column] + kept[count // 2, column]) / 2
@@ -313,9 +331,9 @@ def _medians(values: np.ndarray) -> np.ndarray:
 def _comparable(
     level: np.ndarray, shapes: Sequence[Any], state: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each weight's log10 RMS without its shape's own level, and which weights can be compared.
+    """Remove the level of each shape from log10 RMS. Returns the values, and which weights are comparable.
 
-    With y = level of shape + slope x place + rest by least squares, what remains is slope x place + rest.
+    A least-squares fit y = level of shape + slope x place + residual leaves slope x place + residual.
     """
     fine = np.isfinite(level) & np.array([s == "ok" for s in state], dtype=bool)
     members = Counter(shape for shape, ok in zip(shapes, fine) if ok)
@@ -335,11 +353,11 @@ def _comparable(
 
 
 def awaiting(verdict: LiveVerdict) -> LiveVerdict:
-    """The verdict until it is known which weights follow each other."""
+    """Verdict until the order of the weights is known."""
     reason = "which layers follow each other is looked up during the next step"
     return replace(UNKNOWN, step=verdict.step, reason=reason)
 
 
 def refused(reason: str, step: int) -> LiveVerdict:
-    """The verdict of a monitor that cannot give right numbers."""
+    """Verdict of a monitor that cannot record correct numbers."""
     return replace(UNKNOWN, step=step, reason=f"nothing is recorded: {reason}")

@@ -1,9 +1,9 @@
-"""Rows of numbers: bounded in memory, appended to a file as they come.
+"""Rows of numbers: bounded in memory, and appended to a file.
 
-A file is one line of JSON that says what the columns are, then rows of float64, each followed by its
-checksum (files of earlier versions have none). A row is written by one call, so a run killed at any moment
-leaves whole rows and at most one torn one, which readers leave out, as they do rows that have changed; they
-may read during the run.
+A file has a line of JSON that describes the columns, then rows of float64, each followed by its checksum
+(files of earlier versions have none). A row is written by a single call, so a run killed at any moment leaves
+complete rows and at most one incomplete row. Readers skip incomplete and damaged rows, and may read during
+the run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Gradients (rows x parameters) that a history holds: about 2 MB of memory, and a page small enough to mail.
+# Most gradients (rows x parameters) in a history: about 2 MB of memory, and a page small enough to mail.
 _ROOM = 60_000
 
 
 def most_rows(parameters: int) -> int:
-    """How many rows of so many parameters a history holds by default: 64 to 1,000.
+    """Default number of rows in a history of this many parameters: 64 to 1,000.
 
     Example:
         >>> most_rows(8), most_rows(148), most_rows(10_000)
@@ -33,7 +33,7 @@ def most_rows(parameters: int) -> int:
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """Plain data as one line of JSON that carries a checksum of the rest.
+    """Serialise plain data as a line of JSON with a checksum.
 
     Example:
         >>> sealed({"step": 3})
@@ -45,10 +45,10 @@ def sealed(content: dict[str, Any]) -> str:
 
 
 def unsealed(line: str | bytes) -> dict[str, Any]:
-    """What :func:`sealed` was given, or an earlier version wrote without a checksum.
+    """Parse a line of :func:`sealed`, or a line without a checksum from an earlier version.
 
     Raises:
-        ValueError: it has changed since, or is something else.
+        ValueError: the line does not match its checksum, or is not a JSON object.
     """
     content = json.loads(line)
     if not isinstance(content, dict):
@@ -65,14 +65,13 @@ def _crc32(content: dict[str, Any]) -> int:
 
 
 class Rows:
-    """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and
-    again.
+    """Rows of equal width, at most ``keep`` in memory: when full, every second row is dropped.
 
     Args:
-        width: numbers a row.
+        width: numbers per row.
         keep: most rows in memory.
-        path: where to append them as well; None for nowhere.
-        about: what the columns are, for the file's first line.
+        path: file to which rows are appended, or None.
+        about: description of the columns, for the first line of the file.
     """
 
     def __init__(self, width: int, keep: int, path: Path | None = None, about: dict[str, Any] | None = None):
@@ -110,14 +109,14 @@ class Rows:
         self._held += 1
 
     def array(self) -> np.ndarray:
-        """What memory holds, ``[rows, width]``, the last row always among it."""
+        """The rows in memory, ``[rows, width]``, always including the last row."""
         held = self._data[: self._held]
         if self._last is not None and (self._count - 1) % self._stride:
             return np.vstack([held, self._last])
         return held.copy()
 
     def last(self, n: int) -> np.ndarray:
-        """Up to ``n`` of the latest rows that memory holds."""
+        """The latest rows in memory, at most ``n``."""
         return (
             self.array()[-n:] if self._stride > 1 else self._data[max(0, self._held - n) : self._held].copy()
         )
@@ -143,13 +142,13 @@ class Rows:
 
 
 class RowFile(NamedTuple):
-    """What is read of a file.
+    """Rows read from a file.
 
     Attributes:
-        about: what the columns are.
-        rows: ``[rows, width]``, without a torn row at the end and without those that have changed.
-        whole: how many rows the file has.
-        changed: how many of those that were looked at have changed since they were written.
+        about: description of the columns.
+        rows: ``[rows, width]``, without an incomplete last row and without damaged rows.
+        whole: number of complete rows in the file.
+        changed: number of damaged rows among those read.
     """
 
     about: dict[str, Any]
@@ -162,11 +161,11 @@ def read_rows(path: Path, keep: int | None = None) -> RowFile:
     """Read a file of rows.
 
     Args:
-        path: the file; only the rows asked for are read.
-        keep: of more rows than this every second, or fourth, ... is read, and the last; None reads all.
+        path: the file.
+        keep: most rows to read: of more rows every second, fourth, ... and the last are read; None: all.
 
     Raises:
-        ValueError: not such a file, or its first line has changed.
+        ValueError: the file has another format, or its first line is damaged.
     """
     about, every, is_checked = _mapped(path)
     whole, stride = len(every), 1
@@ -181,10 +180,10 @@ def read_rows(path: Path, keep: int | None = None) -> RowFile:
 
 
 def last_row(path: Path) -> np.ndarray | None:
-    """The last whole row of a file that is as it was written; None if there is none.
+    """The last complete and undamaged row of a file, or None if there is none.
 
     Raises:
-        ValueError: not such a file, or its first line has changed.
+        ValueError: the file has another format, or its first line is damaged.
     """
     _, every, is_checked = _mapped(path)
     for row in every[::-1]:
@@ -201,7 +200,7 @@ def _is_as_written(row: np.ndarray) -> bool:
 
 
 def _mapped(path: Path) -> tuple[dict[str, Any], np.ndarray, bool]:
-    """(what the columns are, the rows as they are in the file, whether each ends with its checksum)."""
+    """Map a file. Returns the description of its columns, its rows, and whether each has a checksum."""
     with open(path, "rb") as file:
         first = file.readline()
     if (about := columns_of(first, path.name)) is None:
@@ -219,12 +218,12 @@ def _mapped(path: Path) -> tuple[dict[str, Any], np.ndarray, bool]:
 
 
 def columns_of(first: bytes, name: str) -> dict[str, Any] | None:
-    """What a file's first line says of its columns; None where the file ends inside that line.
+    """Parse the first line of a file, which describes its columns, or return None if it is incomplete.
 
     Raises:
-        ValueError: the line has changed since it was written.
+        ValueError: the line is damaged.
     """
-    # Rows follow a whole line only, and they are not plain text.
+    # Rows, which are not plain text, only follow a complete line.
     if not first.endswith(b"\n") and all(32 <= byte < 127 for byte in first):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a monitor keeps: rows for each optimizer, flow, events; in memory and, with a folder, on disk."""
+"""Store of a monitor: rows for each optimizer, flow and events, in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Store:
     """Rows by optimizer and set of parameters, flow by set of boundaries, and events.
 
     Args:
-        keep: most rows in memory of each kind; None for what a history should hold.
-        folder: where to write them as they come, as :func:`begin_folder` left it; None for nowhere.
-        notes: what a reader should know.
-        before: what the folder holds already, where its run continues.
-        first_step: steps made before.
+        keep: most rows in memory of each kind; None for the default of a history.
+        folder: folder from :func:`begin_folder` to which rows are written, or None.
+        notes: remarks for the reader.
+        before: record of the folder, if its run is resumed.
+        first_step: number of steps made before.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Store:
     def add_gradients(
         self, index: int, tracked: TrackedParameters, row: np.ndarray, chains: Sequence[str]
     ) -> None:
-        """A row of one optimizer."""
+        """Add a row of an optimizer."""
         sets = self._gradients.setdefault(index, [])
         if not sets or sets[-1][0] is not tracked:
             width = len(SCALARS) + 3 * len(tracked.names)
@@ -75,7 +75,7 @@ class Store:
         sets[-1][1].append(row)
 
     def add_flow(self, row: FlowRow) -> None:
-        """The flow at one step."""
+        """Add the flow at a step."""
         key = row.names, row.owner
         rows = next((rows for known, rows in self._flow if known == key), None)
         if rows is None:
@@ -94,29 +94,33 @@ class Store:
         rows.append(np.array([row.step, *rms, *row.norm, *row.relative, *reach], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:
-        """The state changed."""
+        """Add a change of the state."""
         self.events.append(event)
         self._line(asdict(event))
 
     def set_lines(self, lines: WeightLines) -> None:
-        """The parameters' towers and their order of execution are known."""
+        """Set the towers and the order of execution of the parameters."""
         self._lines = lines
         self._line({"lines": {name: list(place) for name, place in lines.items()}})
 
     def history(self, verdict: LiveVerdict | None, *, complete: bool) -> History:
-        """Everything in memory."""
+        """Assemble the history of all rows in memory."""
         return self._assembled(None, verdict, complete)
 
     def verdict(
-        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool,
+        self,
+        was: LiveVerdict,
+        found: Mapping[int, MissingGradients],
+        *,
+        is_early: bool,
         sizes: Mapping[str, float] | None = None,
-    ) -> LiveVerdict:  # fmt: skip
-        """The verdict on the last few rows."""
+    ) -> LiveVerdict:
+        """Judge the last few rows."""
         now = self._assembled(WINDOW, was, False)
         return verdict_of(now, was, found, is_early=is_early, lines=self._lines, sizes=sizes)
 
     def close(self, verdict: LiveVerdict) -> None:
-        """Say on disk that the run is over, where all of it is there, and let go of the files."""
+        """Close the files; on disk, mark the run as closed if all its rows were written."""
         every = [rows for _, rows in [*(r for sets in self._gradients.values() for r in sets), *self._flow]]
         for rows in every:
             rows.close()
@@ -157,21 +161,21 @@ class Store:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a folder holds already: the last step, and when it was made."""
+    """State of a folder's recorded run: its last step, and the time of that step."""
 
     step: int
     seconds: float
 
 
 def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
-    """Make the folder of a run, or find where the run that it holds ended.
+    """Create the folder of a run, or find where its recorded run ended.
 
     Returns:
-        What it holds; None for a new run.
+        The recorded run, or None for a new run.
 
     Raises:
-        SkipscopeError: it cannot be made, or holds a history that is not to be resumed, is damaged or of a
-            later format.
+        SkipscopeError: the folder cannot be created, holds a history although ``resume`` is False, is damaged
+            or of a later format.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,9 +189,11 @@ def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
         return None
     if not resume:
         raise SkipscopeError(
-            "watch", f"{folder} already holds a history", expected="a new or empty folder",
+            "watch",
+            f"{folder} already holds a history",
+            expected="a new or empty folder",
             cure="give each run a folder of its own, or go on with this one: resume=True",
-        )  # fmt: skip
+        )
     try:
         about, _ = read_about(folder)
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""What is read while a training runs: rows of steps, gradients by weight, the flow, and what is missing."""
+"""Recording during a training: gradients of each step, the flow, and causes of missing gradients."""

@@ -1,10 +1,10 @@
-"""Which backward passes end up in the gradients that an optimizer receives.
+"""Backward passes that contribute to the gradients that an optimizer receives.
 
-Between two steps a model may be run backward for other reasons: an attack on the inputs, a generator's step
-through its discriminator, a sharpness-aware first pass. Such a pass either computes no gradient of the
-optimizer's parameters, or its gradients are cleared before the step. Both are seen here from ``p.grad``
-alone, without hooks on parameters: its identity and version when a pass begins, when it ends, and when the
-optimizer steps.
+Between two steps there may be other backward passes: an adversarial attack on the inputs, a generator's step
+through its discriminator, the first pass of sharpness-aware minimisation. Such a pass either computes no
+gradient of the optimizer's parameters, or its gradients are cleared before the step. Both are detected from
+``p.grad`` alone, without hooks on parameters: from its identity and version at the beginning and end of a
+pass and at the optimizer's step.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from skipscope import _torch_private
 
-# What p.grad is: the tensor (kept, so that its id stays its own) and its version; None without a gradient.
+# Gradient tensor, referenced so that its id is not reused, and its version; None without a gradient.
 GradientState = tuple[Tensor, int] | None
 
 
 @dataclass(eq=False)
 class BackwardPass:
-    """One backward pass through the model.
+    """A backward pass through the model.
 
     Attributes:
-        by_hand: it was ``torch.autograd.grad`` with respect to parameters; only the user knows what became of
-            it.
-        partial: it computes only the gradients that were asked for, perhaps not that of the model's input.
-        before: ``p.grad`` of each parameter when it began.
-        touched: parameters whose gradients it changed and that still hold what it added; None while it runs.
-        certain: an optimizer stepped while it ran.
-        nonzero: a parameter that it touched, and whether its gradient was anything but 0 when the pass ended.
+        by_hand: whether it is ``torch.autograd.grad`` with respect to parameters, whose result the user may
+            assign or discard.
+        partial: whether it computes requested gradients only, possibly not that of the model's input.
+        before: ``p.grad`` of each parameter at its beginning.
+        touched: parameters whose gradients contain its contribution; None while it runs.
+        certain: optimizers that stepped while it ran.
+        nonzero: a touched parameter, and whether its gradient was not 0 at the end of the pass.
     """
 
     by_hand: bool
@@ -45,11 +45,11 @@ class BackwardPass:
 
 
 class BackwardPasses:
-    """The passes since the last step.
+    """Backward passes since the last step.
 
     Args:
-        parameters: for each optimizer, by its number, the parameters of the model that it updates.
-        gathered: tells what FSDP2 gathered in a parameter's place, by its id: the leaves of its passes.
+        parameters: index of an optimizer -> the parameters of the model that it updates.
+        gathered: function that maps ids of sharded parameters to the unsharded leaves of FSDP2.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class BackwardPasses:
     # --- while a pass runs ---
 
     def under_way(self) -> BackwardPass | None:
-        """The pass that is running now; None where it computes no gradient of the parameters."""
+        """The running backward pass, or None if it computes no gradient of the parameters."""
         task = _torch_private.graph_task()
         if task not in self._by_task:
             self._by_task[task] = self._begin(task)
         return self._by_task[task]
 
     def stepped_inside(self, owner: int) -> BackwardPass | None:
-        """An optimizer steps while a pass runs: that pass is what it receives."""
+        """Record that an optimizer steps during the running pass, whose gradients it receives."""
         current = self.under_way()
         if current is not None:
             current.certain.add(owner)
@@ -91,9 +91,7 @@ class BackwardPasses:
         return begun
 
     def _kind(self) -> str | None:
-        """``"backward"``, ``"by hand"`` (``torch.autograd.grad`` of parameters), or None for one of
-        inputs only.
-        """
+        """``"backward"``, ``"by hand"`` (``autograd.grad`` of parameters), or None if of inputs only."""
         if not self._nodes:
             gathered = self._gathered()
             leaves = [gathered.get(id(p), p) for p in self.parameters if p.requires_grad]
@@ -128,7 +126,7 @@ class BackwardPasses:
     # --- when the gradients are received ---
 
     def counted(self, owner: int) -> list[BackwardPass]:
-        """The passes whose gradients the optimizer ``owner`` is about to use, or has used while they ran."""
+        """The passes whose gradients the optimizer ``owner`` is about to use, or used while they ran."""
         now = self._states()
         self._drop_cleared(now)
         inside = [p for p in (*self._by_task.values(), *self._finished) if p is not None and p.certain]
@@ -137,12 +135,12 @@ class BackwardPasses:
         its = {i for i, o in enumerate(self.owners) if o == owner}
         found = [p for p in self._finished if p.touched and p.touched & its]
         if not found and any(now[i] is not None for i in its):
-            # No backward() filled the gradients: the user assigned what torch.autograd.grad gave.
+            # No backward() filled the gradients: the user assigned results of torch.autograd.grad.
             found = [p for p in self._finished if p.by_hand]
         return found
 
     def forget(self, passes: Sequence[BackwardPass]) -> None:
-        """These passes have been counted."""
+        """Drop passes that have been counted."""
         self._finished = [p for p in self._finished if p not in passes]
 
     def _drop_cleared(self, now: list[GradientState]) -> None:
@@ -161,9 +159,7 @@ class BackwardPasses:
         self._finished = [p for p in self._finished if p.touched or p.by_hand or p.certain]
 
     def _zeroed(self, p: BackwardPass, now: list[GradientState]) -> bool:
-        """Whether the gradients have been set to 0 since the pass ended; those of a dead network were 0
-        already.
-        """
+        """Whether the gradients were set to 0 after the pass; gradients that were already 0 do not count."""
         assert p.touched is not None
         if p.nonzero is None or not bool(p.nonzero[1]):
             return False
@@ -179,7 +175,7 @@ def _same(a: GradientState, b: GradientState) -> bool:
 
 
 def _any(grad: Tensor) -> Any:
-    """Whether any element is not 0: a bool on the host; on an accelerator a tensor that nobody waits for."""
+    """Whether any element is not 0: a bool on the host, an unsynchronised tensor on an accelerator."""
     local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad  # type: ignore[operator]
     local = local.detach()
     if local.is_sparse:
@@ -189,5 +185,5 @@ def _any(grad: Tensor) -> Any:
 
 
 def inside_backward() -> bool:
-    """Whether this thread is in a backward pass: an optimizer that steps here steps from a gradient hook."""
+    """Whether this thread is in a backward pass, so that an optimizer steps from a gradient hook."""
     return _torch_private.graph_task() != -1 and not torch.compiler.is_compiling()

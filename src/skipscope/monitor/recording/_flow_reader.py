@@ -1,12 +1,12 @@
-"""The flow at boundaries, read from the training's own forward and backward passes, every so many steps.
+"""Gradient flow at boundaries, read from the training's own forward and backward passes every n-th step.
 
-While a step is read (and only then) a global hook of torch's waits for the model to be called; that forward
-pass runs under a tap, which hangs a hook on the activation of each boundary. Nothing is set on the model or
-its parameters, so a copy or a file of the model made meanwhile holds nothing of ours. Of the backward passes
-those count whose gradients the optimizer receives (``_backward_passes``); gradients of several passes through
-one activation are added before they are squared. Nothing is run a second time, but for finding the boundaries
-at the start. A compiled model runs the step that is read as written (``torch.compiler.set_stance``): its
-hooks would not be seen, or break its graph.
+Only while a step is read, a global forward pre-hook waits for the model to be called. That forward pass runs
+under a tap, which puts a hook on the activation of each boundary. Nothing is set on the model or its
+parameters, so that copies and files of the model made meanwhile contain nothing of skipscope. Only backward
+passes whose gradients the optimizer receives count (``_backward_passes``); gradients of several passes at an
+activation are added before they are squared. Nothing is run a second time, except to find the boundaries at
+the start. A compiled model runs eagerly in the step that is read (``torch.compiler.set_stance``), because
+hooks would be skipped or break its graph.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from skipscope.shortcuts import Boundary, boundaries, tap_boundaries
 
 @dataclass(frozen=True, eq=False)
 class FlowRow:
-    """The flow at one step.
+    """Gradient flow at a step.
 
     Attributes:
         owner: the optimizer whose step it is.
@@ -74,7 +74,7 @@ class FlowRow:
 
 @dataclass(eq=False)
 class _Activation:
-    """What arrived at one activation of one forward pass, by backward pass.
+    """Gradients at an activation of a forward pass, by backward pass.
 
     Attributes:
         boundary: its number; -1 for the input of a recurrent layer.
@@ -98,7 +98,7 @@ class _Activation:
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    """A row whose numbers are on their way from an accelerator."""
+    """A row whose numbers are being transferred from an accelerator."""
 
     owner: int
     step: int
@@ -110,27 +110,33 @@ class _Pending:
 
 
 class FlowReader:
-    """Reads the flow of one model at one step in ``every``.
+    """Reader of a model's gradient flow at every n-th step.
 
     Args:
-        model: the model, in whatever a trainer wrapped it.
-        parameters: for each optimizer that updates parameters of the model, by its number, these parameters.
-        every: steps from one reading to the next; the first step is read.
-        deliver: called with each :class:`FlowRow`.
-        first_step: steps made before.
-        ended: called when the step that was read is over, outside of the backward pass.
+        model: the model, possibly in wrappers of a trainer.
+        parameters: index of an optimizer -> the parameters of the model that it updates.
+        every: steps between readings; the first step is read.
+        deliver: function called with each :class:`FlowRow`.
+        first_step: number of steps made before.
+        ended: function called after each step that was read, outside of the backward pass.
 
     Attributes:
-        problem: why there is no flow; None while all is well.
-        root: the part of the model in which the flow is read instead.
-        found: steps that were read; ``rows`` of them gave a flow.
-        ran: forward passes in them all; ``cleared``: backward passes in them whose gradients were cleared.
+        problem: why the flow cannot be read, or None.
+        root: name of the part of the model in which the flow is read instead.
+        found: number of steps read; ``rows`` of them gave a flow.
+        ran: number of forward passes in these steps.
+        cleared: number of backward passes in these steps whose gradients were cleared.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[int, Sequence[Tensor]], every: int,
-        deliver: Callable[[FlowRow], None], ended: Callable[[], None], first_step: int = 0,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        parameters: Mapping[int, Sequence[Tensor]],
+        every: int,
+        deliver: Callable[[FlowRow], None],
+        ended: Callable[[], None],
+        first_step: int = 0,
+    ):
         self.model, self.every, self.deliver, self.ended = innermost(model), every, deliver, ended
         self.problem: str | None = None
         self.root = ""
@@ -161,7 +167,7 @@ class FlowReader:
     # --- once a step ---
 
     def begin(self) -> None:
-        """Before the passes of a step: wait for the model if the step is one to be read."""
+        """Begin a step, before its passes: if it is to be read, wait for the model to be called."""
         step = max(self.steps.values(), default=self.first_step) - self.first_step
         if self.problem is not None or step % self.every or self._reading:
             return
@@ -181,7 +187,7 @@ class FlowReader:
             )
 
     def received(self, owner: int, scale: Tensor | None) -> None:
-        """An optimizer is about to use its gradients: what they hold now is its step's flow."""
+        """Take the flow of an optimizer's step, when its gradients are final."""
         if not self._reading or owner not in self.steps:
             return
         if inside_backward():
@@ -192,11 +198,11 @@ class FlowReader:
             self._received[owner] = self.steps[owner] + 1, scale
             self._cut(owner, self.passes.counted(owner), scale)
             if len(self.parameters) == 1:
-                # a closure may be evaluated again: the gradient of the step is that of the first time
+                # A closure may be evaluated again, but the first evaluation gives the gradient of the step.
                 self._unhook()
 
     def stepped(self, owner: int, step: int) -> None:
-        """An optimizer has stepped."""
+        """Finish the step of an optimizer."""
         if owner not in self.steps:
             return
         self.steps[owner] = step
@@ -214,7 +220,7 @@ class FlowReader:
         self.begin()
 
     def _when_backward_ends(self) -> None:
-        """Optimizers that step inside the backward pass have made one step when it is over."""
+        """Finish the step at the end of the backward pass, for optimizers that step inside it."""
         if not self._at_end:
             self._at_end = True
             _torch_private.at_end_of_backward(self._backward_ended)
@@ -237,14 +243,14 @@ class FlowReader:
         self.ended()
 
     def _follow_what_is_called(self) -> None:
-        """Where only one part of the model is ever called, as in a LightningModule, read the flow there."""
+        """Read the flow in a part of the model if only that part is called, as in a LightningModule."""
         if self.rows or self.forwards or not self._called or self.model is not self._whole:
             return
         if len(self._called) == 1:
             self.root, self.model = next(iter(self._called.items()))
 
     def why_nothing(self) -> str | None:
-        """Why no flow was read though steps were made; None where some was, or nothing is known."""
+        """Why no flow was read although steps were made, or None if flow was read or no step was made."""
         if self.problem is not None or self.rows or not self.found:
             return None
         if not self.ran:
@@ -258,7 +264,7 @@ class FlowReader:
         return "No flow was read: no backward pass reached the optimizer's parameters."
 
     def _cut(self, owner: int, counted: Sequence[BackwardPass], scale: Any) -> None:
-        """Take what the counted passes brought as the row of this step."""
+        """Build the row of this step from the counted passes."""
         self.passes.forget(counted)
         step, points = self.steps[owner] + (not inside_backward()), self._points or ()
         if counted and all(p.certain for p in counted):
@@ -288,11 +294,19 @@ class FlowReader:
             self._wait_for(owner, step, names, elements[at], values, scale, _reach_of(recurrent, counted))
 
     def _cut_on_all_ranks(
-        self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
-        relative: dict[int, list[Any]], elements: np.ndarray, seen: set[int], scale: Any,
-    ) -> None:  # fmt: skip
-        """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds
-        1/ranks of it.
+        self,
+        owner: int,
+        step: int,
+        points: tuple[Boundary, ...],
+        norms: dict[int, list[Any]],
+        relative: dict[int, list[Any]],
+        elements: np.ndarray,
+        seen: set[int],
+        scale: Any,
+    ) -> None:
+        """Sum squares and counts over ranks (collective).
+
+        The loss is the mean of the ranks' losses, so each rank contributes 1/ranks of its gradient.
         """
         if not (self._agreed or self._all_agree(points)):
             return
@@ -312,9 +326,10 @@ class FlowReader:
             self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)
 
     def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
-        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or
-        add up different quantities. A rank that has not run the model yet is waited for until the next
-        reading.
+        """Whether all ranks have the same boundaries (collective).
+
+        Otherwise they would wait for each other or add different quantities. If a rank has not run the model
+        yet, reading is postponed to the next step.
         """
         every = RankGroup.everyone().gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
@@ -324,7 +339,7 @@ class FlowReader:
         return self._agreed
 
     def hand_over(self, *, wait: bool = False) -> None:
-        """Deliver the readings that have arrived."""
+        """Deliver the rows whose transfers have finished."""
         while self._waiting:
             row = self._waiting[0]
             inside_of = [n for n in (row.norms, row.scale) if isinstance(n, _gradient_norms.Reading)]
@@ -352,13 +367,13 @@ class FlowReader:
             ))  # fmt: skip
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
-        """The model or what its optimizers update has changed: find its boundaries again."""
+        """Replace the parameters after a change of the model or optimizer, and find the boundaries again."""
         self.parameters = parameters
         self.steps = {owner: self.steps.get(owner, self.first_step) for owner in parameters}
         self._points, self._agreed = None, False
 
     def close(self) -> None:
-        """Leave torch and the user's tensors as they were."""
+        """Remove all hooks and deliver the remaining rows."""
         self._let_go()
         self.hand_over(wait=True)
 
@@ -406,7 +421,7 @@ class FlowReader:
         stack.enter_context(
             tap_boundaries(model, inner, lambda k, activation: self._touch(places[k], activation))
         )
-        # Called also when the forward pass raises: the tap must not outlive it.
+        # Called even if the forward pass raises, because the tap must not outlive it.
         after = model.register_forward_hook(lambda *_: stack.close(), always_call=True)
         stack.callback(after.remove)
         given = dict(keywords)
@@ -441,7 +456,7 @@ class FlowReader:
         grad = _gradient_norms.plain(gradient).detach()
         activation.elements = grad.numel()
         if _torch_private.keeps_graph() or activation.arrived or activation.recurrent:
-            # Another pass through the same graph may follow, and autograd may add to this tensor in place.
+            # Cloned, because another pass through the same graph may add to this tensor in place.
             activation.arrived[current] = [grad.clone()]
         else:
             activation.arrived[current] = _norm(grad)
@@ -450,13 +465,11 @@ class FlowReader:
                 activation.value = None
 
     def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
-        """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training
-        goes on.
-        """
+        """Find the boundaries on these inputs; a failure ends the flow readings, but not the training."""
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))
             with untouched(self.model, seed=0, operation="watch"):
-                # Anything that the model writes into is copied.
+                # The model may write into its inputs, so they are copied.
                 given, named = _data.map_tensors((args, dict(keywords)), torch.clone)
                 self._layout = layout_of(self.model, lambda: self.model(*given, **named), points)
             self._points = tuple(replace(point) for point in points)
@@ -524,7 +537,7 @@ def _reach_of(recurrent: Sequence[_Activation], counted: Sequence[BackwardPass])
 
 
 def _norm_of(arrived: list[Any]) -> Any:
-    """The norm of what several backward passes through one activation brought, added up; None for nothing."""
+    """Norm of the sum of the gradients of several backward passes at an activation, or None without any."""
     if not arrived:
         return None
     if not isinstance(arrived[-1], list):
@@ -534,7 +547,7 @@ def _norm_of(arrived: list[Any]) -> Any:
 
 
 def _relative_of(activation: _Activation, counted: Sequence[BackwardPass]) -> Any:
-    """The norm of gradient times activation; 0 where it was not asked for."""
+    """Norm of gradient times activation, or 0 if it is not needed."""
     known = [activation.relative[p] for p in counted if p in activation.relative]
     if known or activation.value is None:
         return known[-1] if known else 0.0
@@ -555,7 +568,7 @@ def _norm(grad: Tensor) -> Any:
 
 
 def _root(norms: list[Any] | None) -> Any:
-    """The norm over several forward passes of one step."""
+    """Norm over several forward passes of a step."""
     if not norms:
         return 0.0
     if isinstance(norms[0], Tensor):
@@ -565,7 +578,7 @@ def _root(norms: list[Any] | None) -> Any:
 
 
 def _as_inputs(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """The call's arguments in one of the forms that ``inputs`` has."""
+    """Arguments of a call as a tuple or a dict, as ``find_shortcuts`` takes inputs."""
     if not keywords:
         return args
     if not args:
@@ -574,7 +587,7 @@ def _as_inputs(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
 
 
 def _replace_nth(which: int, touch: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same nested value, its ``which``-th float tensor replaced."""
+    """Replace the ``which``-th floating-point tensor of a nested value."""
     count = -1
 
     def visit(tensor: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""L2 norm and sum of |g| of many gradients in one read: the default statistics, and what they cost.
+"""L2 norm and sum of |g| of many gradients in one pass.
 
-On the host each tensor is read in pieces that stay in the cache, once by BLAS's ``dot`` (by its slower
-``nrm2`` where squares would overflow or underflow) and once by ``asum``; that is faster than torch's own
-reductions, and more accurate. On an accelerator a kernel of our own runs (torch's fused reductions where it
-cannot), and the numbers travel to the host without anyone waiting.
+On the host each tensor is read in pieces that fit into the cache, by the BLAS functions ``dot`` (or the
+slower ``nrm2`` if squares would overflow or underflow) and ``asum``. This is faster and more accurate than
+torch's reductions. On an accelerator a Triton kernel runs, or torch's fused reductions if it cannot, and the
+numbers are copied to the host asynchronously.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from skipscope._torch_private import norms_of
 
-# 256 kB of float32: fits the second-level cache, and BLAS still runs it in the calling thread.
+# 256 kB of float32: fits into the second-level cache, and BLAS still runs in the calling thread.
 _PIECE = 65536
-# Sums of squares inside this range have lost nothing to float32's; NaN is outside too.
+# Sums of squares from here to its inverse are exact enough in float32; NaN is outside of the range.
 _SAFE = 1e-25
 _BLAS_HAS = (torch.float32, torch.float64)
 
 
 @functools.cache
 def _blas(dtype: np.dtype) -> Any:
-    """BLAS's ``dot``, ``nrm2`` and ``asum``; without SciPy the same by NumPy, slower."""
+    """The BLAS functions ``dot``, ``nrm2`` and ``asum``, or slower NumPy versions without SciPy."""
     try:
         from scipy.linalg.blas import get_blas_funcs
     except ImportError:
@@ -54,7 +54,7 @@ def _asum(x: np.ndarray, n: int | None = None, start: int = 0) -> float:
 
 
 def plain(grad: Tensor) -> Tensor:
-    """This rank's part of a gradient as a plain tensor: sparse values, a DTensor's local shard."""
+    """This rank's part of a gradient as a plain tensor: values of a sparse tensor, shard of a DTensor."""
     if type(grad) is not Tensor and hasattr(grad, "to_local"):
         grad = grad.to_local()  # type: ignore[operator]
     return grad.coalesce().values() if grad.is_sparse else grad
@@ -66,7 +66,7 @@ def on_host(grads: Sequence[Tensor]) -> np.ndarray:
 
 
 def one_on_host(grad: Tensor) -> tuple[float, float]:
-    """(L2 norm, sum of |g|) of one plain gradient on the CPU."""
+    """L2 norm and sum of |g| of a plain gradient on the CPU."""
     if grad.dtype not in _BLAS_HAS:
         grad = grad.abs() if grad.is_complex() else grad.float()
     if grad.ndim == 4 and not grad.is_contiguous():
@@ -89,17 +89,17 @@ def one_on_host(grad: Tensor) -> tuple[float, float]:
 
 
 def nrm2_of(norms: Sequence[float] | np.ndarray) -> float:
-    """The norm of the whole from the norms of its parts, without overflow."""
+    """Norm of a whole from the norms of its parts, without overflow."""
     return math.hypot(*norms)
 
 
 def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
-    """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|. Nothing waits for the device.
+    """L2 norms and sums of |g|, ``[2, n]`` float64 on the gradients' device, without synchronisation.
 
     Args:
-        grads: plain gradients of one device.
-        wide: sum squares in float64 where our own kernel, which always does, cannot run: slower, for
-            gradients whose squares float32 cannot hold.
+        grads: plain gradients on one device.
+        wide: whether to sum squares in float64 if the Triton kernel, which always does, cannot run; slower,
+            for gradients whose squares float32 cannot hold.
     """
     if len({grad.dtype for grad in grads}) > 1:  # the kernels want one dtype
         columns: list[Any] = [None] * len(grads)
@@ -113,7 +113,7 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
     kernel = _kernel(grads[0].device, grads[0].dtype) if grads[0].is_cuda else None
     if kernel is not None and all(map(Tensor.is_contiguous, grads)):
         return kernel(grads)
-    # half-precision norms come back in half precision, and overflow: ask for single
+    # Norms of half-precision gradients would be computed in half precision, and overflow.
     kind = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
     sums = torch.stack(norms_of(grads, 1, kind))
     if wide:
@@ -125,7 +125,7 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
 
 @functools.cache
 def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Tensor] | None:
-    """Our own kernel, once it has been seen to be right on this device; None where it cannot be had."""
+    """The Triton kernel, after a test on this device, or None if it is not available."""
     try:
         from skipscope.monitor.recording._kernels import norms_and_sums
 
@@ -142,9 +142,9 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Sequence[Tens
 
 
 class Reading:
-    """Numbers on their way from an accelerator to the host.
+    """Asynchronous copy of numbers from an accelerator to pinned host memory.
 
-    The copy goes to pinned memory and is not waited for; :meth:`ready` asks, :meth:`array` waits.
+    :meth:`ready` does not wait for the copy, :meth:`array` does.
     """
 
     def __init__(self, numbers: Tensor):
@@ -162,7 +162,7 @@ class Reading:
         return self._event is None or self._event.query()
 
     def array(self) -> np.ndarray:
-        """The numbers; waits for them if it must."""
+        """The numbers, after waiting for them if necessary."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.numpy()

@@ -1,8 +1,8 @@
-"""Both statistics of many gradients on an accelerator in one read: two launches, however many tensors.
+"""Triton kernels for the L2 norm and sum of |g| of many gradients, in two launches.
 
-torch's fused norms read the gradients once for each statistic and hand back a tensor for each gradient; for
-150 small ones that takes the host longer than the numbers take the device. Imported only where Triton is (it
-comes with torch for accelerators).
+torch's fused norms read the gradients once for each statistic and return a tensor for each gradient; for 150
+small gradients the host needs longer for that than the device for the numbers. This file is only imported if
+Triton is installed, which comes with torch for accelerators.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = {
     torch.bfloat16: tl.bfloat16,
 }
 _BLOCK = 1024
-# A piece is what one program reads: small enough to spread the work, large enough that the pieces stay few.
+# Elements read by a program: few enough to spread the work, many enough to keep the number of pieces low.
 _PIECE, _MOST_PIECES = 16 * _BLOCK, 32768
 
 
@@ -70,10 +70,10 @@ def _sums_of_tensors(partial, first_piece, out, pieces, tensors, BLOCK: tl.const
 
 
 def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
-    """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|, both summed in float64.
+    """L2 norms and sums of |g|, ``[2, n]`` on the gradients' device, both summed in float64.
 
     Args:
-        grads: dense gradients of one device and one dtype of :data:`KINDS`, each contiguous.
+        grads: dense, contiguous gradients of one device and one dtype of :data:`KINDS`.
     """
     device, stream = grads[0].device, torch.cuda.current_stream(grads[0].device).cuda_stream
     layout = _layout(tuple(map(Tensor.numel, grads)), device, stream)
@@ -84,9 +84,16 @@ def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
     with torch.cuda.device(device):
         if pieces:
             _sums_of_pieces[(pieces,)](  # type: ignore[index]
-                addresses, layout.tensor_of, layout.start_of, layout.sizes, partial, pieces,
-                PIECE=layout.piece, BLOCK=_BLOCK, KIND=KINDS[grads[0].dtype],
-            )  # fmt: skip
+                addresses,
+                layout.tensor_of,
+                layout.start_of,
+                layout.sizes,
+                partial,
+                pieces,
+                PIECE=layout.piece,
+                BLOCK=_BLOCK,
+                KIND=KINDS[grads[0].dtype],
+            )
         _sums_of_tensors[(tensors,)](  # type: ignore[index]
             partial, layout.first_piece, out, pieces, tensors, BLOCK=_BLOCK
         )
@@ -94,7 +101,7 @@ def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
 
 
 class _Layout:
-    """Which piece belongs to which tensor; the same at every step."""
+    """Assignment of pieces to tensors, the same at every step."""
 
     def __init__(self, sizes: tuple[int, ...], device: torch.device, stream: int):
         self.piece = _PIECE
@@ -119,9 +126,9 @@ def _layout(sizes: tuple[int, ...], device: torch.device, stream: int) -> _Layou
 
 @functools.lru_cache(maxsize=32)
 def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Integers on the device.
+    """Copy integers to the device, cached.
 
-    Gradients mostly come back to the places of some earlier step: then nothing is copied.
+    Gradients mostly have the addresses of an earlier step, and then nothing is copied.
     """
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

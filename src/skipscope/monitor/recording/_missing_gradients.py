@@ -1,8 +1,8 @@
-"""Why an optimizer gets no gradient: one step is observed, and four causes are distinguished.
+"""Causes of missing gradients, found by observing one step.
 
-The gradients were there after ``backward`` and cleared before the step; no ``backward`` ran; it ran, but no
-path leads from the loss to the parameters; or the modules that hold them were not called at all. Parameters
-carry a hook during the step that is observed, and only then.
+The main causes: the gradients were cleared between ``backward`` and the step; no ``backward`` ran; it ran,
+but no path leads from the loss to the parameters; or the modules that hold them were not called. Parameters
+have a hook during the observed step only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from skipscope.monitor.recording._tracked_parameters import TrackedParameters, n
 
 @dataclass(frozen=True)
 class MissingGradients:
-    """What was found.
+    """Cause of missing gradients.
 
     Attributes:
         cause: ``"cleared"``, ``"no backward"``, ``"detached"``, ``"replaced"``, ``"unused"``, or ``"zero"``
-            where the gradients arrived and were exactly 0.
-        reason: a sentence for people.
+            if the gradients arrived and were exactly 0.
+        reason: the cause in a sentence.
         advice: what to do.
         unused: parameters of modules that were not called.
     """
@@ -39,11 +39,11 @@ class MissingGradients:
 
 
 class GradientSearch:
-    """Observes the coming step of one optimizer.
+    """Observer of the next step of an optimizer.
 
     Args:
-        tracked: its parameters.
-        models: the models, by prefix.
+        tracked: parameters of the optimizer.
+        models: models by prefix.
     """
 
     def __init__(self, tracked: TrackedParameters, models: Mapping[str, nn.Module]):
@@ -54,7 +54,7 @@ class GradientSearch:
         for i, p in enumerate(tracked.parameters):
             if p.requires_grad and p.is_leaf:
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note_arrival(i)))
-        # Hooks that are added after compilation are not called.
+        # Compiled code would not call hooks that are added after compilation.
         self._is_eager = _torch_private.eager.begin()
         self._passes = _torch_private.count_backward_passes()
 
@@ -71,7 +71,7 @@ class GradientSearch:
         return note
 
     def conclude(self) -> MissingGradients | None:
-        """Why gradients are missing in the observed step; None where none is."""
+        """The cause of missing gradients in the observed step, or None if no gradient is missing."""
         passes = _torch_private.count_backward_passes() - self._passes - 1
         self.close()
         parameters, names = self.tracked.parameters, self.tracked.names
@@ -82,9 +82,10 @@ class GradientSearch:
             return None
         if not set(names_of(self.models)) & {id(parameters[i]) for i in empty}:
             return MissingGradients(
-                "replaced", "the optimizer updates tensors that are no longer parameters of the model",
+                "replaced",
+                "the optimizer updates tensors that are no longer parameters of the model",
                 "Make the optimizer after the model is in its final form.",
-            )  # fmt: skip
+            )
         cleared = [i for i in empty if i in self._arrived]
         if cleared:
             return MissingGradients(
@@ -100,16 +101,21 @@ class GradientSearch:
                 "Call loss.backward() before optimizer.step().",
             )
         if not none:
-            return None if len(empty) < len(trained) else MissingGradients(
-                "zero", "backward() ran, and every gradient that it brought is exactly 0",
-                "Check the activations before the loss (dead or saturated units) and the loss itself.",
-            )  # fmt: skip
+            return (
+                None
+                if len(empty) < len(trained)
+                else MissingGradients(
+                    "zero",
+                    "backward() ran, and every gradient that it brought is exactly 0",
+                    "Check the activations before the loss (dead or saturated units) and the loss itself.",
+                )
+            )
         return self._cut(none, [names[i] for i in none], len(trained), bool(self._arrived))
 
     def _cut(
         self, none: Sequence[int], names: Sequence[str], trained: int, any_arrived: bool
     ) -> MissingGradients:
-        """Of parameters that no gradient reached: not called, or called and not connected to the loss."""
+        """The cause for parameters that no gradient reached: not called, or not connected to the loss."""
         holders: dict[int, list[nn.Module]] = {}
         for module in (m for model in self.models.values() for m in model.modules()):
             for p in module._parameters.values():
@@ -138,12 +144,14 @@ class GradientSearch:
                 "Compute the loss from this model's output.",
             )
         return MissingGradients(
-            "unused", f"the forward pass does not call the modules that hold {_few(unused)}",
-            "Leave them out of the model, or call them.", unused,
-        )  # fmt: skip
+            "unused",
+            f"the forward pass does not call the modules that hold {_few(unused)}",
+            "Leave them out of the model, or call them.",
+            unused,
+        )
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

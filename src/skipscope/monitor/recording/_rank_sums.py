@@ -1,7 +1,7 @@
-"""Several processes: are the gradients the same on each, and how they are made whole.
+"""Sums of gradients over ranks, and a check that replicated gradients are equal.
 
-Under DDP every rank holds the whole reduced gradient, and nothing needs to be sent. Under FSDP2 (and wherever
-parameters are DTensors) each holds a shard: one all-reduce of all tensors' sums makes them whole.
+Under DDP every rank holds the full reduced gradient, and nothing needs to be sent. Under FSDP2, and whenever
+parameters are DTensors, each rank holds a shard: the sums of all tensors are all-reduced in one call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from skipscope._ranks import RankGroup
 
 
 def weight_of(grad: Tensor, size: int) -> float:
-    """What this rank's part counts for in the sum over ranks, so that every element counts once."""
+    """Weight of this rank's part in the sum over ranks, such that every element counts once."""
     placements = getattr(grad, "placements", None)
     if placements is None:
         return 1.0 / size
@@ -26,16 +26,16 @@ def weight_of(grad: Tensor, size: int) -> float:
 
 
 def whole(grad: Tensor) -> Tensor:
-    """The gradient itself; one that is a sum still to be taken is summed first (collective)."""
+    """Reduce a gradient with partial placements (collective); any other gradient is returned unchanged."""
     placements = getattr(grad, "placements", ())
     return grad.full_tensor() if any(p.is_partial() for p in placements) else grad  # type: ignore[operator]
 
 
 def check_mesh(name: str, parameter: Tensor, size: int) -> None:
-    """Refuse a DTensor that lives on only some of the ranks.
+    """Refuse a DTensor on only some of the ranks.
 
     Raises:
-        SkipscopeError: as said.
+        SkipscopeError: the mesh of the parameter does not have all ranks.
     """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is not None and mesh.size() != size:
@@ -53,7 +53,7 @@ def check_mesh(name: str, parameter: Tensor, size: int) -> None:
 
 
 def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
-    """Why the ranks' gradients differ, or None (collective, called once at the first step)."""
+    """Describe how the ranks' gradients differ, or return None (collective, once at the first step)."""
     every = RankGroup.everyone().gathered((names, norms.tolist()))
     for rank, (other_names, other) in enumerate(every):
         if other_names != every[0][0]:
@@ -70,6 +70,6 @@ def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
 
 
 def all_reduced(sums: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Sum a tensor over all ranks, in place, and return it."""
     dist.all_reduce(sums)
     return sums

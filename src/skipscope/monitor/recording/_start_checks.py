@@ -1,4 +1,4 @@
-"""What is known before the first step: what a reader should know, and what could only give wrong numbers."""
+"""Checks before the first step: remarks for the reader, and setups that would give wrong numbers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check(
     flow_every: Any,
     keep: Any,
 ) -> None:
-    """What is known at the start: refuse what could only give wrong numbers."""
+    """Refuse arguments and setups that would give wrong numbers."""
     for name, value in {"every": every, "flow_every": flow_every}.items():
         if not is_integer(value) and (name, value) != ("flow_every", None):
             raise SkipscopeError(
@@ -72,9 +72,12 @@ def check(
         )
     if not optimizers:
         raise SkipscopeError(
-            "watch", "no optimizer was given", expected="an optimizer, or a list of them", got="[]",
+            "watch",
+            "no optimizer was given",
+            expected="an optimizer, or a list of them",
+            got="[]",
             cure="watch(model, optimizer)",
-        )  # fmt: skip
+        )
     for model in models.values():
         require_module(model, "watch")
         refuse_shared(model, "watch")
@@ -82,8 +85,9 @@ def check(
     known = names_of(models)
     if not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
         raise SkipscopeError(
-            "watch", "the optimizer updates none of the model's parameters",
+            "watch",
+            "the optimizer updates none of the model's parameters",
             expected="an optimizer made from model.parameters()",
             got="an optimizer of other tensors (made before the parameters were replaced?)",
             cure="make the optimizer after the model is in its final form",
-        )  # fmt: skip
+        )

@@ -1,8 +1,8 @@
-"""One optimizer under watch: at each of its steps, the gradients that it receives.
+"""Recorder of the gradients that an optimizer receives at each of its steps.
 
-Everything happens in the optimizer's own step hook, when accumulation, reduction and clipping are over. On
-the host the numbers are there at once; from an accelerator they arrive later, in order, and are picked up at
-a later step.
+The gradients are read in the optimizer's step hook, after accumulation, reduction and clipping. On the host
+the numbers are available at once; from an accelerator they arrive later, in order, and are delivered at a
+later step.
 """
 
 from __future__ import annotations
@@ -30,39 +30,45 @@ from skipscope.monitor.recording._step_row import (
 )
 from skipscope.monitor.recording._tracked_parameters import same_members, track
 
-# How many steps' numbers may be on their way from an accelerator before the oldest is waited for.
+# Most steps with pending transfers from an accelerator before the oldest is waited for.
 _IN_FLIGHT = 64
 
 
 class StepRecorder:
-    """Listens to one optimizer.
+    """Recorder of one optimizer.
 
     Args:
         optimizer: a torch optimizer.
-        index: its number among those watched.
-        models: the models, by prefix.
-        every: record each such step; the first one always.
-        deliver: called with this and each finished :class:`Step`, in order.
-        outer: wrappers around it.
-        first_step: steps made before the watch.
-        begun: when the watch began, on ``time.perf_counter``'s clock: one clock for all optimizers.
+        index: index among the watched optimizers.
+        models: models by prefix.
+        every: record every n-th step, starting with the first.
+        deliver: function called with this recorder and each finished :class:`Step`, in order.
+        outer: wrappers around the optimizer.
+        first_step: number of steps made before the watch.
+        begun: beginning of the watch by ``time.perf_counter``, common to all optimizers.
 
     Attributes:
-        step: how many steps it has made, skipped ones and ``first_step`` included.
-        rows: how many of them were recorded.
-        refusal: why nothing is recorded any more; None while all is well.
-        received: called with ``index`` and GradScaler's scale (None without one) at each step, recorded or
-            not, when the gradients are what the optimizer uses.
-        stepped: called with this after each step.
-        outer: wrappers around the optimizer, whose ``step`` ends in its own.
-        late: another step pre-hook was registered after ours.
+        step: number of steps so far, including skipped steps and ``first_step``.
+        rows: number of recorded steps.
+        refusal: why recording has stopped, or None.
+        received: function called with ``index`` and GradScaler's scale (or None) at each step, recorded or
+            not, when the gradients are final.
+        stepped: function called with this recorder after each step.
+        outer: wrappers around the optimizer, whose ``step`` calls the optimizer's.
+        late: whether another step pre-hook was registered after this recorder's.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
-        deliver: Callable[[StepRecorder, Step], None], begun: float, outer: Sequence[Any] = (),
+        self,
+        optimizer: torch.optim.Optimizer,
+        index: int,
+        models: Mapping[str, nn.Module],
+        every: int,
+        deliver: Callable[[StepRecorder, Step], None],
+        begun: float,
+        outer: Sequence[Any] = (),
         first_step: int = 0,
-    ):  # fmt: skip
+    ):
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
         self.deliver, self.outer = deliver, tuple(outer)
         self.received: Callable[[int, Tensor | None], None] | None = None
@@ -79,7 +85,7 @@ class StepRecorder:
         self.late = self._is_late = False
         self._track()
         self._checked = self.ranks == 1 or self.sharded
-        # Of a compiled optimizer.step the hooks are not compiled.
+        # The hooks must not be compiled as part of a compiled optimizer.step.
         before: Any = torch.compiler.disable(self._before)
         after: Any = torch.compiler.disable(self._after)
         self._hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
@@ -95,7 +101,7 @@ class StepRecorder:
         return (step - self.first_step - 1) % self.every == 0 and self.refusal is None
 
     def due_next(self) -> bool:
-        """Whether the coming step is recorded, or, inside a closure, the one under way."""
+        """Whether the next step is recorded or, inside a closure, the current step."""
         return self.due(self.step + 1) or self.due(self.step)
 
     # --- what torch calls ---
@@ -103,8 +109,8 @@ class StepRecorder:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        # A subclass whose step calls its parent's has two hooked functions: only the outer one is a step. A
-        # depth that an exception left behind is distinguished from a real one by the calls under way.
+        # If a subclass's step calls its parent's, both are hooked, but only the outer call is a step. The
+        # call stack shows whether the depth is real or was left by an exception.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
             return None
@@ -112,7 +118,7 @@ class StepRecorder:
         due = self.due(self.step)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            # A pre-hook that runs after ours may change the gradients: then they are read after the step.
+            # A later pre-hook may change the gradients, so they are then read after the step.
             self._is_late = next(reversed(optimizer._optimizer_step_pre_hooks)) != self._hooks[0].id
             self._receive()
             if due and not self._is_late:
@@ -126,7 +132,7 @@ class StepRecorder:
         def observed() -> Any:
             nonlocal evaluated
             result = closure()
-            # The gradient at the point where the step begins; later ones are only counted.
+            # The first evaluation gives the gradient at the start of the step; later ones are only counted.
             if not evaluated:
                 evaluated = True
                 self._receive()
@@ -165,18 +171,18 @@ class StepRecorder:
             self.stepped(self)
 
     def is_step_of(self, optimizer: Any) -> bool:
-        """Whether a step of ``optimizer``, perhaps a wrapper, is a step of this one."""
+        """Whether ``optimizer`` is the recorded optimizer or a wrapper of it."""
         return optimizer is self.optimizer or any(optimizer is outer for outer in self.outer)
 
     def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
-        """Some gradients have just been clipped."""
+        """Record that some gradients have just been clipped."""
         if self.due_next():
             clip = clip_of(parameters, self.tracked, factor, total)
             if clip is not None:
                 self._clips.append(clip)
 
     def scaled_step(self, scale: Tensor, step: Callable[[], Any]) -> Any:
-        """GradScaler is about to step; when it skips, our hook is not called."""
+        """Run a step of GradScaler, and record it if it is skipped, as hooks are not called then."""
         before, self.scale = self.step, scale
         try:
             result = step()
@@ -199,11 +205,18 @@ class StepRecorder:
         grads = [p.grad for p in self.tracked.parameters]
         clips = [clip for clip in self._clips if clip.still_true()]
         step = Step(
-            self.tracked, self.step, time.perf_counter() - self._begun, codes_of(self.tracked, grads),
-            whole_sums(grads, self.ranks, self._wide) if self.sharded
-            else local_sums(self.tracked, grads, self._wide), self.sharded,
-            self._extras(clips, skipped), clips, open=open,
-        )  # fmt: skip
+            self.tracked,
+            self.step,
+            time.perf_counter() - self._begun,
+            codes_of(self.tracked, grads),
+            whole_sums(grads, self.ranks, self._wide)
+            if self.sharded
+            else local_sums(self.tracked, grads, self._wide),
+            self.sharded,
+            self._extras(clips, skipped),
+            clips,
+            open=open,
+        )
         if not self._checked:
             self._check_ranks(step)
         if self.refusal is None:
@@ -211,7 +224,7 @@ class StepRecorder:
             self.hand_over()
 
     def _extras(self, clips: list[Clip], skipped: bool) -> dict[str, Any]:
-        """The step's other numbers; tensors of an accelerator are not waited for."""
+        """Further numbers of the step, without waiting for an accelerator."""
         numbers: dict[str, Any] = {"skipped": float(skipped)}
         if self.scale is not None:
             numbers["loss_scale"] = self.scale
@@ -225,7 +238,7 @@ class StepRecorder:
         return {key: on_its_way(number) for key, number in numbers.items()}
 
     def _check_ranks(self, step: Step) -> None:
-        """At the first step: is the gradient the same on every rank? (collective)."""
+        """Check at the first step that the gradients are equal on all ranks (collective)."""
         row = step.row()
         P = len(self.tracked.parameters)
         problem = _rank_sums.disagreement(self.tracked.names, np.nan_to_num(row[-3 * P : -2 * P]))
@@ -243,7 +256,7 @@ class StepRecorder:
             self._steps.pop()
 
     def hand_over(self, *, wait: bool = False) -> None:
-        """Deliver the steps whose numbers have arrived; all of them with ``wait``."""
+        """Deliver the steps whose numbers have arrived, or with ``wait`` all steps."""
         while self._steps and not self._steps[0].open:
             if not (wait or len(self._steps) > _IN_FLIGHT or self._steps[0].ready()):
                 break
@@ -252,7 +265,7 @@ class StepRecorder:
             self._wide |= step.too_narrow
 
     def close(self) -> None:
-        """Deliver what is left, and leave the optimizer as it was."""
+        """Remove the hooks and deliver the remaining steps."""
         for hook in self._hooks:
             hook.remove()
         self._drop_open()

@@ -1,4 +1,4 @@
-"""The numbers of one optimizer step, summed over ranks, as one row."""
+"""Numbers of an optimizer step, summed over ranks, as a row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from skipscope._option_words import RecordedState
 from skipscope.monitor.recording import _gradient_norms, _rank_sums
 from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
-# The first numbers of a row; then come norm, mean |g| and the norm before clipping, each [P].
+# First columns of a row, before norm, mean |g| and norm before clipping, each [P].
 SCALARS = ("step", "seconds", "evaluations", "skipped", "loss_scale", "total_before_clip")
-# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
-# apart.
+# State of a parameter's gradient at a step; History.states holds the index.
 STATES: tuple[RecordedState, ...] = (
     "ok",
     "exact_zero",
@@ -29,22 +28,22 @@ STATES: tuple[RecordedState, ...] = (
     "frozen",
     "absent",
 )
-# Where there is no gradient, mean |g| holds minus the state's number.
+# Without a gradient, mean |g| holds minus the number of the state.
 _NOT_CONNECTED, _FROZEN = -STATES.index("not_connected"), -STATES.index("frozen")
 
-# (places among the parameters, [2, n]: an array, or a Reading on its way)
+# (indices of parameters, [2, n] as an array or a pending Reading)
 Parts = list[tuple[list[int] | slice, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One call of a clipping function.
+    """Call of a clipping function.
 
     Attributes:
         members: ids of the parameters whose gradients it changed.
-        factor: what they were multiplied by; None where elements were clipped one by one.
-        total: their total norm before.
-        witness: a parameter, and its gradient's address and version just after the call.
+        factor: factor on the gradients, or None if elements were clipped separately.
+        total: total norm before clipping.
+        witness: a parameter, and the address and version of its gradient just after the call.
     """
 
     members: frozenset[int]
@@ -53,7 +52,7 @@ class Clip:
     witness: tuple[Tensor, int, int]
 
     def still_true(self) -> bool:
-        """Whether the gradient is still the one that was clipped."""
+        """Whether the gradient has not changed since it was clipped."""
         parameter, address, version = self.witness
         grad = parameter.grad
         return grad is not None and (grad.data_ptr(), grad._version) == (address, version)
@@ -62,7 +61,7 @@ class Clip:
 def clip_of(
     parameters: Sequence[Tensor], tracked: TrackedParameters, factor: Tensor | None, total: Tensor | None
 ) -> Clip | None:
-    """What a clipping call did to the tracked's gradients; None when it did not concern them."""
+    """Record a clipping call on tracked parameters, or return None if it did not clip any of them."""
     mine = {id(p) for p in tracked.parameters}
     touched = [p for p in parameters if id(p) in mine and p.grad is not None]
     if not touched:
@@ -75,19 +74,21 @@ def clip_of(
 
 @dataclass(eq=False)
 class Step:
-    """One step's numbers, some perhaps still on their way from an accelerator.
+    """Numbers of a step, some of which may still be transferred from an accelerator.
 
     Attributes:
-        tracked, step, seconds: whose, which, when.
-        codes: 1 where there is a gradient, else minus its state; ``[P]``.
-        parts: the sums.
-        squares: whether the first line of a part is a sum of squares instead of a norm.
+        tracked: parameters of the optimizer.
+        step: number of the step.
+        seconds: seconds since the watch began.
+        codes: 1 if there is a gradient, otherwise minus its state; ``[P]``.
+        parts: sums for the parameters of each device.
+        squares: whether the first row of a part is a sum of squares instead of a norm.
         extras: further numbers: ``still_scaled`` (a factor still in the gradients), ``loss_scale``,
             ``skipped``, ``factor0``, ``total0``, ...
-        clips: the clipping calls that these gradients went through.
-        evaluations: how often the closure was evaluated.
-        open: the closure may be evaluated again.
-        too_narrow: an accelerator's float32 could not hold a sum of squares (known once the row is made).
+        clips: clipping calls on these gradients.
+        evaluations: number of evaluations of the closure.
+        open: whether the closure may be evaluated again.
+        too_narrow: whether an accelerator's float32 could not hold a sum of squares; set by :meth:`row`.
     """
 
     tracked: TrackedParameters
@@ -108,7 +109,7 @@ class Step:
         return not self.open and all(n.ready() for n in numbers if isinstance(n, _gradient_norms.Reading))
 
     def row(self) -> np.ndarray:
-        """The row for the history, ``[len(SCALARS) + 3 P]``; waits for numbers still on their way."""
+        """Row for the history, ``[len(SCALARS) + 3 P]``, after waiting for pending transfers."""
         P, S = len(self.tracked.parameters), len(SCALARS)
         row = np.full(S + 3 * P, np.nan)
         norm, mean, before = row[S : S + P], row[S + P : S + 2 * P], row[S + 2 * P :]
@@ -131,13 +132,17 @@ class Step:
             with np.errstate(divide="ignore", invalid="ignore"):
                 before[:] = norm / factors
         row[:S] = (
-            self.step, self.seconds, self.evaluations, extras.get("skipped", 0.0) > 0,
-            extras.get("loss_scale", np.nan), total,
-        )  # fmt: skip
+            self.step,
+            self.seconds,
+            self.evaluations,
+            extras.get("skipped", 0.0) > 0,
+            extras.get("loss_scale", np.nan),
+            total,
+        )
         return row
 
     def _clipping(self, extras: dict[str, float]) -> tuple[np.ndarray, float]:
-        """(what each gradient was multiplied by, NaN where unknown; the total norm before)."""
+        """Factor of clipping on each gradient (NaN if not clipped or unknown), and total norm before."""
         factors = np.full(len(self.tracked.parameters), np.nan)
         squares = 0.0
         for k, clip in enumerate(self.clips):
@@ -155,14 +160,14 @@ def _arrived(number: Any) -> Any:
 
 
 def on_its_way(number: Any) -> Any:
-    """A 0-dim tensor as a number: at once from the host, later from an accelerator."""
+    """Convert a 0-dim tensor to a float, or to a Reading if it is on an accelerator."""
     if not isinstance(number, Tensor):
         return float(number)
     return float(number) if number.device.type == "cpu" else _gradient_norms.Reading(number.detach())
 
 
 def codes_of(tracked: TrackedParameters, grads: Sequence[Tensor | None]) -> np.ndarray:
-    """1 where there is a gradient; else minus the state: frozen, or not connected. ``[P]``."""
+    """Codes ``[P]``: 1 if there is a gradient, otherwise minus the state (frozen or not connected)."""
     codes = np.ones(len(grads))
     for i in [i for i, grad in enumerate(grads) if grad is None]:
         codes[i] = _NOT_CONNECTED if tracked.parameters[i].requires_grad else _FROZEN
@@ -170,12 +175,12 @@ def codes_of(tracked: TrackedParameters, grads: Sequence[Tensor | None]) -> np.n
 
 
 def local_sums(tracked: TrackedParameters, grads: Sequence[Tensor | None], wide: bool) -> Parts:
-    """L2 norms and sums of |g| of what is on this rank, a part for each device.
+    """L2 norms and sums of |g| of this rank's gradients, as a part for each device.
 
     Args:
-        tracked: whose gradients.
-        grads: ``[P]``.
-        wide: sum squares in float64 on accelerators too, where float32 has been too small for them.
+        tracked: the parameters.
+        grads: their gradients, ``[P]``.
+        wide: whether to sum squares in float64 on accelerators too, after float32 was too small.
     """
     if tracked.device is not None and tracked.device.type != "cpu" and set(map(type, grads)) == {Tensor}:
         with contextlib.suppress(RuntimeError):  # not for sparse gradients
@@ -196,7 +201,7 @@ def local_sums(tracked: TrackedParameters, grads: Sequence[Tensor | None], wide:
 
 
 def whole_sums(grads: Sequence[Tensor | None], size: int, wide: bool) -> Parts:
-    """Sums of squares and of |g| over all ranks, each element counted once: one all-reduce (collective)."""
+    """Sums of squares and of |g| over all ranks, each element once, in one all-reduce (collective)."""
     grads = [None if grad is None else _rank_sums.whole(grad) for grad in grads]
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
     weights = tuple(0.0 if grad is None else _rank_sums.weight_of(grad, size) for grad in grads)

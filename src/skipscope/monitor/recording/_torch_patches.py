@@ -1,8 +1,8 @@
-"""What torch calls before an optimizer step, listened to while a monitor is open.
+"""Callbacks for gradient clipping and scaled steps, while a monitor is open.
 
-Two of torch's own functions are wrapped, and put back when the last monitor closes: the one inside
-``clip_grad_norm_`` that scales the gradients (so that it is heard however it was imported), and
-``GradScaler.step`` (which knows the loss scale, and alone knows of a step that it skipped).
+Functions of torch are wrapped, and restored when the last monitor closes: the function inside
+``clip_grad_norm_`` that scales the gradients (however ``clip_grad_norm_`` itself was imported),
+``clip_grad_value_``, and ``GradScaler.step``, which alone knows the loss scale and whether a step is skipped.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch.nn.utils import clip_grad
 
 
 class Listener(Protocol):
-    """Who wants to hear."""
+    """Receiver of callbacks for gradient clipping and scaled steps."""
 
     def wants_clips(self) -> bool:
-        """Whether the coming step is recorded."""
+        """Whether the next step is recorded."""
         ...
 
     def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
-        """Gradients were multiplied by ``factor`` because their total norm was ``total``."""
+        """Called after gradients of total norm ``total`` were multiplied by ``factor``."""
         ...
 
     def clipped_by_value(self, parameters: list[Tensor]) -> None:
-        """Elements were clipped one by one: what they were is not known."""
+        """Called after gradients were clipped elementwise; their values before are not known."""
         ...
 
     def scaled_step(self, optimizer: Any, scale: Tensor, step: Callable[[], Any]) -> Any:
-        """``GradScaler.step(optimizer)``: call ``step`` and return what it returns."""
+        """Called for ``GradScaler.step(optimizer)``; must call ``step`` and return its result."""
         ...
 
 
@@ -44,7 +44,7 @@ _lock = threading.RLock()
 
 
 def register(listener: Listener) -> None:
-    """Begin to tell ``listener``; it is not kept alive by it."""
+    """Register a listener, by a weak reference."""
     with _lock:
         _listeners.add(listener)
         if not _originals:
@@ -56,12 +56,12 @@ def register(listener: Listener) -> None:
 
 
 def registered() -> list[Any]:
-    """All that are open."""
+    """All registered listeners."""
     return list(_listeners)
 
 
 def unregister(listener: Listener) -> None:
-    """Stop telling it; with the last one torch is as it was."""
+    """Unregister a listener; after the last, torch's functions are restored."""
     with _lock:
         _listeners.discard(listener)
         if not _listeners:

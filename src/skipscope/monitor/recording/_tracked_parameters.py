@@ -1,4 +1,4 @@
-"""Which parameters an optimizer updates, and what they are called."""
+"""Parameters that an optimizer updates, with their names in the model."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 
-# What wrappers put in front of, or into, a parameter's name.
+# Prefixes and infixes that wrappers add to a parameter's name.
 _WRAPPERS = ("_orig_mod.", "_forward_module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True, eq=False)
 class TrackedParameters:
-    """The parameters of one optimizer at one time, in the model's order.
+    """Snapshot of an optimizer's parameters, in the model's order.
 
     Attributes:
-        parameters: ``[P]``.
-        names, shapes, groups: of each; the whole parameter's shape, also where this rank has a shard.
-        sizes: elements; 1 for an empty parameter.
-        tiny: the smallest normal number of its dtype.
-        order: its place among the model's parameters.
-        roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``.
+        parameters: the parameters, ``[P]``.
+        names: their names.
+        shapes: their full shapes, even if this rank holds a shard.
+        groups: index of each parameter's group in the optimizer.
+        sizes: number of elements; 1 for an empty parameter.
+        tiny: smallest normal number of each dtype.
+        order: index of each parameter among the model's parameters.
+        roles: ``"table"`` for an embedding, ``"bias"`` for the bias of a linear layer or a convolution,
+            otherwise ``""``.
         members: the parameters in the optimizer's own order.
-        device: where all of them lie, if they share device and dtype; else None.
-        models: the prefix of the model that each belongs to; ``""`` where there is one model, or none holds
-            it.
-        kind: how the optimizer scales its step: ``"SGD"`` (with the gradient), ``"Adam"`` (not), ``""`` for
-            unknown.
+        device: common device if all share device and dtype, otherwise None.
+        models: prefix of the model of each parameter; ``""`` if there is one model, or no model holds it.
+        kind: scaling of the optimizer's step: ``"SGD"`` (proportional to the gradient), ``"Adam"``
+            (normalised), or ``""`` if unknown.
     """
 
     parameters: tuple[Tensor, ...]
@@ -52,21 +54,24 @@ class TrackedParameters:
 
 
 def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """One model has no prefix; several are named by their key or number."""
+    """Models by prefix: empty for a single model, otherwise the key or index of each model."""
     if isinstance(models, nn.Module):
         return {"": models}
     if isinstance(models, Mapping):
         return {f"{name}.": model for name, model in models.items()}
     if not isinstance(models, Sequence):
         raise SkipscopeError(
-            "watch", "this is no model", expected="an nn.Module, a list of them, or a dict of names",
-            got=f"{type(models).__name__}: {models!r:.60}", cure="watch(model, optimizer)",
-        )  # fmt: skip
+            "watch",
+            "this is no model",
+            expected="an nn.Module, a list of them, or a dict of names",
+            got=f"{type(models).__name__}: {models!r:.60}",
+            cure="watch(model, optimizer)",
+        )
     return {f"{i}.": model for i, model in enumerate(models)}
 
 
 def names_of(models: Mapping[str, nn.Module]) -> dict[int, tuple[int, str]]:
-    """For each parameter's id: its place in the models' order, and its name without what wrappers add."""
+    """Map ids of parameters to their position among the models' parameters and their unwrapped names."""
     names: dict[int, tuple[int, str]] = {}
     for prefix, model in models.items():
         outer = "module." if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else ""
@@ -78,7 +83,7 @@ def names_of(models: Mapping[str, nn.Module]) -> dict[int, tuple[int, str]]:
 
 
 def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module]) -> TrackedParameters:
-    """Read an optimizer's parameters; those of no model get a name from their place, and stand last."""
+    """Read an optimizer's parameters; those of no model come last, named by their position."""
     names = names_of(models)
     entries = []
     for g, group in enumerate(optimizer.param_groups):
@@ -107,7 +112,7 @@ def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.
 
 
 def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
-    """For a parameter's id: ``"table"`` or ``"bias"``; others are left out."""
+    """Map ids of parameters to ``"table"`` or ``"bias"``; other parameters are left out."""
     roles = {}
     for module in (module for model in models.values() for module in model.modules()):
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -127,8 +132,7 @@ _NORMALIZED = re.compile(
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """``"SGD"`` where a step is proportional to the gradient, ``"Adam"`` where its size does not follow the
-    gradient's.
+    """``"SGD"`` if steps are proportional to the gradient, ``"Adam"`` if they are normalised, else ``""``.
 
     Example:
         >>> kind_of(torch.optim.AdamW([torch.zeros(1)]))
@@ -140,16 +144,22 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def about_columns(tracked: TrackedParameters, index: int, chains: Sequence[str]) -> dict[str, Any]:
-    """What the columns of an optimizer's rows are, as plain data."""
+    """Description of the columns of an optimizer's rows, as plain data."""
     return {
-        "optimizer": index, "names": list(tracked.names), "shapes": [list(shape) for shape in tracked.shapes],
-        "groups": list(tracked.groups), "tiny": list(tracked.tiny), "order": list(tracked.order),
-        "roles": list(tracked.roles), "chains": list(chains), "kind": tracked.kind,
-    }  # fmt: skip
+        "optimizer": index,
+        "names": list(tracked.names),
+        "shapes": [list(shape) for shape in tracked.shapes],
+        "groups": list(tracked.groups),
+        "tiny": list(tracked.tiny),
+        "order": list(tracked.order),
+        "roles": list(tracked.roles),
+        "chains": list(chains),
+        "kind": tracked.kind,
+    }
 
 
 def same_members(tracked: TrackedParameters, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer still updates exactly these parameters, and they still lie where they lay."""
+    """Whether the optimizer still updates exactly these parameters, on the same device."""
     now = [p for group in optimizer.param_groups for p in group["params"]]
     same = len(now) == len(tracked.members) and all(map(operator.is_, now, tracked.members))
     return same and (tracked.device is None or tracked.parameters[0].device == tracked.device)

@@ -1,4 +1,4 @@
-"""Which weights lie on one line: found by observing the forward passes of one step.
+"""Towers and execution order of weights, found by observing the forward passes of one step.
 
 Gradients of parameters can be compared only along a line, in the order of execution. The model's own order is
 that of registration, and says nothing of two towers (an actor and a critic, an image and a text encoder),
@@ -7,8 +7,8 @@ other, nor of a third one that both reach, belong to different towers. Towers th
 have an input of the model each, are a line each, head and all, where both are several matrices deep: a small
 embedding of the time step, or of a class, is no tower.
 
-Where what carries no gradient is concatenated in the middle of a tower (the input once more, as in NeRF), the
-layers before it are a branch: the input reaches the rest without them. They are a stretch of their own.
+If a tensor without gradient is concatenated in the middle of a tower (such as the input in NeRF), the layers
+before it are a branch: the input reaches the rest without them. They form a stretch of their own.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _OWN = 3
 
 
 class LineSearch:
-    """Observes the forward passes of the coming step.
+    """Observer of the forward passes of the next step.
 
     Args:
-        tracked: the parameters, by optimizer.
-        models: the models, by prefix.
+        tracked: parameters of each optimizer.
+        models: models by prefix.
     """
 
     def __init__(self, tracked: Sequence[TrackedParameters], models: Mapping[str, nn.Module]):
@@ -49,9 +49,10 @@ class LineSearch:
         matrices = {id(p) for p in named.values() if p.ndim > 1}
         self._waiting = {
             id(module)
-            for model in models.values() for module in model.modules()
+            for model in models.values()
+            for module in model.modules()
             if any(id(p) in matrices for p in module._parameters.values())
-        }  # fmt: skip
+        }
         self._matrices = sum(1 << i for i, p in enumerate(named.values()) if p.ndim > 1)
         self._models = {id(model) for model in models.values()}
         # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
@@ -79,7 +80,7 @@ class LineSearch:
         if id(module) not in self._waiting:
             return
         if inside_backward():
-            # A checkpoint runs its part again, cut off from what comes before and after it.
+            # A checkpoint recomputes its part in a graph that is not connected to the rest.
             self._is_hidden = True
             return
         made = [t.grad_fn for t in tensors_in(output) if isinstance(t, Tensor) and t.grad_fn is not None]
@@ -88,7 +89,7 @@ class LineSearch:
             self._reached += [(self._parameters_of(node), [id(t) for t in given]) for node in made]
 
     def _parameters_of(self, root: Any) -> int:
-        """The parameters that a node's value is computed from, as bits."""
+        """Bits of the parameters upstream of a node."""
         known, stack = self._upstream, [root]
         while stack:
             node = stack[-1]
@@ -111,7 +112,7 @@ class LineSearch:
         return known[root]
 
     def conclude(self) -> WeightLines | None:
-        """The lines; None where a weight's place is not known."""
+        """The towers, positions and stretches, or None if the position of a weight is not known."""
         self.close()
         towers: list[int] = []
         order: dict[int, int] = {}
@@ -165,7 +166,7 @@ class LineSearch:
         ]
 
     def close(self) -> None:
-        """Take the hooks away, and let go of autograd's nodes, outputs first."""
+        """Remove the hooks, and release autograd's nodes, outputs first."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

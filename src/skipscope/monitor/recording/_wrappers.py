@@ -1,4 +1,4 @@
-"""Unwrap models and optimizers from the wrappers of trainers and libraries."""
+"""Unwrapping of models and optimizers from the wrappers of trainers and libraries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 
-# Where wrappers keep the optimizer whose step() changes the weights: Accelerate, Lightning, Fabric, timm's
-# Lookahead, sharpness-aware and schedule-free wrappers.
+# Attributes that hold the wrapped optimizer: in Accelerate, Lightning, Fabric, timm's Lookahead, and
+# sharpness-aware and schedule-free wrappers.
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
-# Where containers keep several: torchtitan, and Hugging Face's layer-wise optimizers (one for each
-# parameter).
+# Attributes that hold several optimizers: in torchtitan, and in Hugging Face's layer-wise optimizers (an
+# optimizer for each parameter).
 _SEVERAL = ("optimizers", "optimizer_dict")
 
 
@@ -34,7 +34,7 @@ def inner_optimizers(optimizer: Any) -> list[tuple[torch.optim.Optimizer, tuple[
     """The torch optimizers whose ``step`` changes the weights, each with the wrappers around it.
 
     Raises:
-        SkipscopeError: not an optimizer, or one whose steps cannot be seen.
+        SkipscopeError: not an optimizer, or an optimizer whose steps cannot be observed.
     """
     return list(_inside(optimizer, ()))
 
@@ -73,16 +73,16 @@ def _inside(
         )
     if not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
         raise SkipscopeError(
-            "watch", "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
-            got=type(optimizer).__name__, cure="its __init__ must call torch.optim.Optimizer.__init__",
-        )  # fmt: skip
+            "watch",
+            "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
+            got=type(optimizer).__name__,
+            cure="its __init__ must call torch.optim.Optimizer.__init__",
+        )
     yield optimizer, outer
 
 
 def _steps_for(inner: Any, outer: Any) -> bool:
-    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update, or a wrapper
-    around one.
-    """
+    """Whether ``inner`` is, or wraps, an optimizer of the parameters that ``outer`` appears to update."""
     if not isinstance(inner, torch.optim.Optimizer):
         held = (getattr(inner, name, None) for name in _INNER if inner is not None)
         return any(one is not inner and one is not outer and _steps_for(one, outer) for one in held)

@@ -1,1 +1,1 @@
-"""Edits of a model: shortcuts added, and batch-norm statistics recalibrated."""
+"""Edits of a model: add shortcuts, and recalibrate batch-norm statistics."""

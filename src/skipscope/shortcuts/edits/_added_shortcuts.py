@@ -1,4 +1,4 @@
-"""``add_shortcuts``: the lecture's rule, where the shapes of a container's children agree."""
+"""``add_shortcuts``: wrap children of containers in a shortcut where the shapes agree, as in the lecture."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def add_shortcuts(
     report: Callable[[str], Any] | None = print,
     **arguments: Any,
 ) -> nn.Module:
-    """A twin of ``model`` with a shortcut around every ``span`` layers of its containers whose shapes agree.
+    """Return a twin of ``model`` with a shortcut around every ``span`` layers whose shapes agree.
 
-    A *stretch* is ``span`` children of a ``Sequential`` or ``ModuleList``, in order. It is wrapped when it
-    holds the weights of a layer (a norm alone is none), when each child takes one tensor and gives one, and
-    when the output has the input's shape; otherwise the next stretch begins one child later. Containers
-    inside a wrapped stretch are left alone, and so are layers that their owner not only calls. In a
+    A *stretch* is ``span`` consecutive children of a ``Sequential`` or ``ModuleList``. It is wrapped if it
+    holds the weights of a layer (a norm alone does not count), each child takes one tensor and returns one,
+    and the output has the input's shape; otherwise the next stretch begins one child later. Containers inside
+    a wrapped stretch are left alone, and so are layers whose owner does more than call them. In a
     ``Sequential`` the norm after a layer, and the activation after that norm, stay on its branch. A kind that
     spans depth (hyper-connections, attention residuals) joins neighbouring stretches to one chain. The twin
-    is run before it is returned. Local; shard a twin afterwards.
+    is run once before it is returned. Local; shard a twin afterwards.
 
     Args:
-        model: any eager module; it is left as found.
-        inputs: what it is called with, to see shapes.
+        model: any eager module; left unchanged.
+        inputs: its inputs, to measure shapes.
         kind: a name of ``skipscope.nn.registry()``, one of its classes, or a function from branch to module.
             ``"projection"`` also goes around stretches that change the width.
-        span: children skipped by one shortcut.
-        where: only in containers whose path matches this shell pattern, or for which this function is true.
-        report: called with one line for each stretch that was wrapped or not, and why; None for silence.
-        arguments: the kind's own, for instance ``init=0.1`` of ``"layer-scale"``.
+        span: number of children that one shortcut skips.
+        where: a shell pattern or a predicate for the paths of the containers to change; by default all.
+        report: called with one line for each stretch: wrapped, or not wrapped and why. None for silence.
+        arguments: arguments of the kind, for instance ``init=0.1`` for ``"layer-scale"``.
 
     Raises:
-        SkipscopeError: an unknown kind, a span that is no positive number, a kind that does not keep the
-            width that the next layer takes, or a twin that does not run.
+        SkipscopeError: an unknown kind, a span below 1, a kind that does not keep the width that the next
+            layer takes, or a twin that does not run.
 
     Example:
         >>> deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
@@ -107,12 +107,12 @@ def add_shortcuts(
 
 
 class _OriginalRuns:
-    """What the original does with the inputs, in the mode it was found in and in the other one.
+    """Runs of the original on the inputs, in its current mode and in the other mode (training or eval).
 
     Attributes:
-        shapes: by module path, what went in and came out, or why that is no one shape.
-        outputs: by training mode, None for the mode as found; without a mode in which the original does not
-            run.
+        shapes: module path -> input and output shape, or the reason why these are unknown.
+        outputs: ``training`` flag, or None for the current mode -> output tensors. A mode in which the
+            original does not run is missing.
     """
 
     def __init__(self, model: nn.Module, inputs: Any):
@@ -123,7 +123,7 @@ class _OriginalRuns:
             for path, module in model.named_modules():
                 hooks.callback(module.register_forward_hook(partial(self._note, path)).remove)
             self.outputs[None] = self.run(model, None)
-        # Where the original does not run in that mode (batch norm on one sample), the twin need not either.
+        # If the original does not run in that mode (batch norm on one sample), the twin need not either.
         with contextlib.suppress(Exception):
             self.outputs[not model.training] = self.run(model, not model.training)
 
@@ -134,12 +134,12 @@ class _OriginalRuns:
             self.shapes[path] = "its shapes change from call to call"
 
     def run(self, model: nn.Module, training: bool | None) -> list[Tensor]:
-        """The output's tensors in a training mode."""
+        """The output tensors of a model in training or eval mode, or in its current mode if None."""
         with untouched(model, training=training, seed=0, operation="add_shortcuts"), torch.no_grad():
             return _data.tensors_in(_data.forward(model, (self.inputs, None), "add_shortcuts"))
 
     def difference(self, model: nn.Module) -> str | None:
-        """How a model that should do what the original does differs from it, or None."""
+        """How a model's outputs differ from the original's, in words. None if they are equal."""
         for training, expected in self.outputs.items():
             try:
                 got = self.run(model, training)
@@ -167,10 +167,10 @@ class _Stretch:
 
     Attributes:
         container: their owner.
-        path: of the owner.
-        parts: names of the children around which one shortcut goes; several parts are a chain.
-        before: the shape that comes in.
-        after: the shape that goes out.
+        path: path of the owner.
+        parts: for each shortcut the names of the children it skips; several parts are a chain.
+        before: input shape.
+        after: output shape.
     """
 
     container: Any
@@ -194,13 +194,13 @@ class _Stretch:
         return [part[0] if len(part) == 1 else nn.Sequential(*part) for part in modules]
 
     def put(self, module: nn.Module) -> None:
-        """Put a module in the place of the first child, and ``Identity`` in those of the others."""
+        """Replace the first child by a module, and the others by ``Identity``."""
         self.container._modules.update({name: nn.Identity() for name in self.names} | {self.names[0]: module})
 
 
 @dataclass(frozen=True)
 class _ShortcutMaker:
-    """Makes the shortcut module of a stretch."""
+    """Builds the shortcut module of a stretch."""
 
     kind: Any
     known: connections.Kind | None
@@ -234,11 +234,11 @@ class _ShortcutMaker:
 
 @dataclass
 class _Plan:
-    """Decides for every stretch before anything is wrapped: some kinds need the number of branches.
+    """Decides for every stretch before any is wrapped, since some kinds need the number of branches.
 
     Attributes:
-        lines: by label, what is reported of each stretch.
-        wrapped: paths of the modules inside a stretch.
+        lines: label of a stretch -> its line in the report.
+        wrapped: paths of the children of all stretches.
     """
 
     shapes: dict[str, Any]
@@ -249,7 +249,7 @@ class _Plan:
     stretches: list[_Stretch] = field(default_factory=list)
 
     def add(self, container: Any, path: str) -> None:
-        """Add the stretches of one container; after a failed one the next begins one child later."""
+        """Add the stretches of one container. After a failed stretch the next begins one child later."""
         children, start = list(container._modules), 0
         first = next((m for m in container if any(True for _ in m.parameters())), None)
         norm_first, found = first is not None and _is_norm(first), list[_Stretch]()
@@ -275,7 +275,7 @@ class _Plan:
         self.stretches += found
 
     def _window(self, container: Any, path: str, names: list[str], norm_first: bool) -> list[str]:
-        """``span`` children; in a ``Sequential`` also the norm after a layer and its activation."""
+        """The first ``span`` names; in a ``Sequential`` also those of a following norm and its activation."""
         stop = self.span
         after = [container._modules[name] for name in names[stop : stop + 2]]
         if not isinstance(container, nn.Sequential) or norm_first or not after or not _is_norm(after[0]):
@@ -285,7 +285,7 @@ class _Plan:
         return names[: stop + 1 + (keeps_shape and not any(True for _ in after[1].parameters()))]
 
     def _reason(self, modules: list[nn.Module], paths: list[str]) -> str | None:
-        """Why no shortcut goes around these, or None."""
+        """Why these children cannot be wrapped. None if they can."""
         seen = [self.shapes.get(path, "it did not run") for path in paths]
         unknown = next((shape for shape in seen if isinstance(shape, str)), None)
         if unknown:
@@ -293,7 +293,7 @@ class _Plan:
         if not any(True for module in modules for _ in module.parameters()):
             return "it holds no weights"
         if not any(map(_is_layer, modules)):
-            return "a norm alone is no layer"
+            return "it holds only a norm"
         if len(modules) < self.span:
             return f"fewer than the span of {self.span} are left"
         before, after = seen[0][0], seen[-1][1]
@@ -313,7 +313,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _runnable(twin: nn.Module, plan: _Plan, runs: _OriginalRuns) -> list[_Stretch]:
-    """The stretches whose owner only calls its layers: each is tried without a shortcut."""
+    """The stretches whose owner only calls its layers, tested by wrapping them without a shortcut."""
     if not plan.stretches or _difference(twin, plan.stretches, runs) is None:
         return plan.stretches
     kept = []
@@ -323,13 +323,13 @@ def _runnable(twin: nn.Module, plan: _Plan, runs: _OriginalRuns) -> list[_Stretc
         if difference is None:
             kept += stretches
             continue
-        reason = f"not wrapped: its owner does more with it than to call it ({difference})"
+        reason = f"not wrapped: its owner does more than call it ({difference})"
         plan.lines |= {_label(path, part): reason for stretch in stretches for part in stretch.parts}
     return kept
 
 
 def _difference(twin: nn.Module, stretches: list[_Stretch], runs: _OriginalRuns) -> str | None:
-    """How the twin differs from the original when its layers are in modules of their own."""
+    """How the twin's outputs differ from the original's when its layers are wrapped without a shortcut."""
     before = [(stretch, dict(stretch.container._modules)) for stretch in stretches]
     try:
         for stretch in stretches:
@@ -345,7 +345,7 @@ def _run_once(twin: nn.Module, stretches: list[_Stretch], maker: _ShortcutMaker,
     """Run the twin, and refuse a kind whose width does not fit.
 
     Raises:
-        SkipscopeError: a shortcut module gives another shape than the layers it replaces, or the twin does
+        SkipscopeError: a shortcut module returns another shape than the layers it replaces, or the twin does
             not run.
     """
     entered: list[_Stretch] = []
@@ -393,13 +393,13 @@ def _does_not_fit(maker: _ShortcutMaker, stretch: _Stretch | None, got: str) -> 
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module has weights that only scale or shift features, as batch norm."""
+    """Whether a module has weights, and all of them are vectors or scalars, as in batch norm."""
     parameters = list(module.parameters())
     return bool(parameters) and all(p.ndim < 2 for p in parameters)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module has weights that are more than a norm's."""
+    """Whether a module has a weight of two or more dimensions."""
     return any(p.ndim > 1 for p in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Running statistics of an edited twin's norms, measured by one pass over data."""
+"""Recalibrate the running statistics of an edited twin's norms by one pass over data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from skipscope._untouched import random_state_kept, set_mode
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
     """Set the running statistics of batch norms and instance norms to the average over ``data``, in place.
 
-    Local: under DDP each rank's statistics are those of the data it gives. Collective where the twin is
-    sharded.
+    Local: under DDP each rank's statistics are those of its own data. Collective where the twin is sharded.
 
     Args:
-        twin: usually what ``ablate`` returned; without such norms nothing happens.
+        twin: usually the result of ``ablate``; without such norms nothing happens.
         data: batches (definitions.md), or bare inputs of the model.
 
     Returns:
@@ -61,7 +60,7 @@ def average_statistics(
             for batch, counts in data.turns():
                 count += counts
                 for norm in norms:
-                    # The plain average over batches; None means it for batch norms alone.
+                    # This gives the plain average over batches. momentum=None does so for batch norms only.
                     norm.momentum = 1 / count if counts else 0.0
                 run(twin, batch)
             _average_over_ranks(norms, data, count)
@@ -74,7 +73,7 @@ def average_statistics(
 
 
 def _average_over_ranks(norms: list[nn.modules.batchnorm._NormBase], data: Batches, count: int) -> None:
-    """Give each norm the average over all ranks' batches, where there are several."""
+    """Set each norm's statistics to the average over the batches of all ranks."""
     parts: list[Any] = data.together((count, [(norm.running_mean, norm.running_var) for norm in norms]))
     if len(parts) < 2:
         return

@@ -1,1 +1,1 @@
-"""Finding shortcuts: rules over the recorded trace of one forward pass."""
+"""Find shortcuts by rules over the recorded trace of one forward pass."""

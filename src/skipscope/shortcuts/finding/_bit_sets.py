@@ -1,4 +1,4 @@
-"""Bit sets of nodes, and the ancestors of each node of a graph in little memory."""
+"""Bit sets of nodes, and a memory-efficient ancestor relation of a graph."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 
 class Ancestors:
-    """For each node the bit set of those it was computed from, including itself.
+    """For each node, the bit set of the nodes it was computed from, including itself.
 
-    Stored are the nodes that are missing: nearly every earlier activation of a network is an ancestor of a
-    later one, and the others are near it (the other branch). So memory grows with the number of nodes of a
-    narrow network, however deep; only where n of N nodes never merge again does it grow like n N / 8 bytes.
+    Stored are the earlier nodes that are not ancestors: nearly every earlier activation of a network is an
+    ancestor of a later one, and the others are close to it (the other branch). So for a narrow network memory
+    is linear in the number of nodes, at any depth. Only if n of N nodes never merge again is it about
+    n N / 8 bytes.
 
     Args:
-        parents: for each node the indices of what it was computed from; those beyond the list do not count.
+        parents: for each node, the indices of the nodes it was computed from; indices beyond the list are
+            ignored.
     """
 
     def __init__(self, parents: list[tuple[int, ...]]):
-        # Offset and bits: absent is each offset + i where bit i is set.
+        # Offset and bits: node offset + i is missing if bit i is set.
         self._missing: list[tuple[int, int]] = []
         for v, above in enumerate(parents):
             known = sorted((p for p in above if p < len(parents)), reverse=True)
@@ -35,7 +37,7 @@ class Ancestors:
             self._missing.append((base, mask))
 
     def _as_seen_from(self, v: int, parent: int) -> tuple[int, int]:
-        """The nodes that ``v`` lacks if it was computed from ``parent`` only."""
+        """The nodes before ``v`` that would not be its ancestors if ``parent`` were its only parent."""
         base, mask = self._missing[parent]
         base = base if mask else parent + 1
         gap = v - parent - 1
@@ -60,12 +62,14 @@ _ONES = (1 << _WINDOW) - 1
 
 
 def bits(mask: int) -> Iterator[int]:
-    """The positions of the ones, lowest first; a window at a time, since many callers stop early."""
+    """Yield the positions of the set bits, lowest first."""
+    # A window at a time, since many callers stop early.
     base = 0
     while mask:
         zeros = (mask & -mask).bit_length() - 1
         base, mask = base + zeros, mask >> zeros
-        if mask == 1:  # most sets have one member
+        # A fast path: most sets have one member.
+        if mask == 1:
             yield base
             return
         digits = bin(mask & _ONES)[:1:-1]
@@ -77,12 +81,12 @@ def bits(mask: int) -> Iterator[int]:
 
 
 def as_bits(flags: list[Any]) -> int:
-    """The set of positions where a flag is true."""
+    """The set of positions at which ``flags`` is true."""
     return int("".join("1" if flag else "0" for flag in reversed(flags)) or "0", 2)
 
 
 def chosen(mask: int, keep: list[bool]) -> int:
-    """The set without those ones for which ``keep``, one for each from the lowest, is false."""
+    """The subset of ``mask`` whose members, counted from the lowest, have a true entry in ``keep``."""
     flags = [False] * mask.bit_length()
     for i, kept in zip(bits(mask), keep, strict=True):
         flags[i] = kept

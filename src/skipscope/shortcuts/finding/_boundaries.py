@@ -1,4 +1,4 @@
-"""Where the flow is read: the first float activation, each merge, and modules outside every branch."""
+"""Boundaries of a model: the first float activation, each merge, and modules outside every branch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from skipscope.shortcuts.trace import ModuleRun
 def boundaries_of(
     graph: Graph, model: nn.Module, found: Sequence[tuple[Candidate, str, str]]
 ) -> tuple[Boundary, ...]:
-    """The points of a model in order of execution.
+    """The boundaries of a model in order of execution.
 
     Args:
         graph: the dataflow.
         model: the model.
-        found: each shortcut, its name, and the module that is its branch.
+        found: each shortcut, its name, and the path of its branch's module.
     """
     first, begins = _first(graph)
-    # Nothing of the data reaches the output: then every module that ran is a point.
+    # If no activation reaches the output, every layer that ran is a boundary.
     severed = not graph.activations
     points = [
         (item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key, item.is_summed))
@@ -45,11 +45,11 @@ def boundaries_of(
 
 
 def _looks_up(graph: Graph, run: ModuleRun) -> bool:
-    """Whether a module's output is an embedding of token ids: activations begin there, and it is no layer."""
+    """Whether a module's output is an embedding of token ids, where activations begin."""
     node = graph.node_of(run.outputs[0]) if run.outputs else None
     if node is None or node >= graph.activations:
         return False
-    # Where the rows are spread over processes, collectives make one tensor of what was looked up.
+    # If the table is sharded over processes, collectives combine the rows that were looked up.
     above, waiting = {node}, [node]
     while waiting:
         at = waiting.pop()
@@ -68,13 +68,13 @@ _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it holds a matrix of its own, and nothing below it does."""
+    """Whether a module holds a matrix of its own, and none of its submodules does."""
     own = any(p is not None and p.ndim >= 2 for p in module._parameters.values())
     return own and not any(p.ndim >= 2 for child in module.children() for p in child.parameters())
 
 
 class _Cover:
-    """What is inside some branch or shortcut, or feeds one from the side (cross-attention)."""
+    """The nodes inside a branch or shortcut, or feeding one from outside (cross-attention)."""
 
     def __init__(self, graph: Graph, found: Sequence[tuple[Candidate, str, str]]):
         self.graph, self.region = graph, 0
@@ -84,7 +84,7 @@ class _Cover:
             self.homes.setdefault(home, []).append(item)
 
     def holds(self, path: str, node: int | None) -> bool:
-        """Whether a module's output, an activation, is there."""
+        """Whether the activation ``node``, the output of module ``path``, is covered."""
         if self.region & self.graph.bit(node):
             return True
         assert node is not None
@@ -98,8 +98,11 @@ class _Cover:
 
 
 def _first(graph: Graph) -> tuple[list[Boundary], tuple[str, int] | None]:
-    """Where activations begin: at an input with numbers, else where token ids are looked up. And, where that
-    is the output of a module, which run of it.
+    """Find the first boundary: a float input, or else the result of the first lookup of token ids.
+
+    Returns:
+        The boundary in a list, which is empty if there is none; and the path and the number of the module run
+        that outputs it, or None.
     """
     values = graph.trace.values
     floats = [v for v in graph.trace.inputs if values[v].is_float]

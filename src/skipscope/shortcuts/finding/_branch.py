@@ -1,4 +1,4 @@
-"""What the operands that skip a merge bypass: the branch, or the reason why it is none."""
+"""Find the branch that the bypassing operands of a merge skip, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipscope.shortcuts.finding._kinds import (
 )
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Part
-from skipscope.shortcuts.finding._products import before_map, mapped_from
+from skipscope.shortcuts.finding._products import before_map, before_norm, mapped_from
 from skipscope.shortcuts.finding._sides import Side, Sides
 from skipscope.shortcuts.trace import _operations
 
@@ -26,12 +26,12 @@ _ADDING = frozenset({"add", "sub", "rsub"})
 
 
 class Branches:
-    """Reads branches in one graph.
+    """Finds branches in one graph.
 
     Args:
         graph: the dataflow.
-        gates: of the same.
-        couplings: of the same.
+        gates: reader of its gates.
+        couplings: reader of its couplings.
     """
 
     def __init__(self, graph: Graph, gates: Gates, couplings: Couplings):
@@ -40,11 +40,13 @@ class Branches:
     def before_parting(
         self, reader: Sides, sides: dict[int, Side]
     ) -> tuple[dict[int, Side], dict[int, Side]]:
-        """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x)
-        - y) with y = W x, fork at x and are projections.
+        """Move the fork of a side to x if the side and the branch share a linear map of x.
+
+        Such a side is a projection: W x + F(V x), with W and V in one product; y + t (H(x) - y) with y = W x.
 
         Returns:
-            The sides, and of them those that are such a map times a gate: t F(V x) + (1 - t) W x.
+            All sides, some with a moved fork; and the sides that are such a map times a gate, as (1 - t) W x
+            in t F(V x) + (1 - t) W x.
         """
         found, maps = dict(sides), {}
         for i, side in sides.items():
@@ -60,9 +62,12 @@ class Branches:
                 x, region = above
                 if side.how != "gated":
                     found[i] = Side(x, "projection", side.region | region)
-                else:  # without a gate it stays what it is: norm(x) * (1 + scale) beside a shift
+                else:
+                    # A side that no gate multiplies is left unchanged: norm(x) * (1 + scale) beside a shift.
                     for carry, product in reader.gatings(i):
                         maps[i] = Side(x, "gated", side.region | region, (product,), carry=carry)
+            elif side.how == "identity" and (above := self._before_norm(reader, i, others)) is not None:
+                found[i] = Side(above[0], "scaled", side.region | above[1])
             elif (
                 side.how != "gated"
                 and reader.call.name in _SUMS
@@ -75,10 +80,17 @@ class Branches:
                     found[i] = Side(before[0], "projection", side.region | before[1])
         return found, maps
 
+    def _before_norm(self, reader: Sides, i: int, others: list[int]) -> tuple[int, int] | None:
+        """The node x and the norm's nodes in ``n(x) + t (H - n(x))``, where H depends on x; or None."""
+        at = reader.position(i)
+        if reader.call.name not in _SUMS or len(others) != 1 or not self.gates.inner(others[0], at, reader):
+            return None
+        return before_norm(self.graph, at, reader.position(others[0]))
+
     def of(
         self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
     ) -> tuple[int, tuple[int, ...] | Reason]:
-        """The branch's nodes and the operands it comes in by, or why there is none.
+        """The branch's nodes, and the operands that carry it or the reason why there is none.
 
         With ``sharing`` a bypassing operand of a list may itself depend on the branch (a gate of it).
         """
@@ -103,7 +115,8 @@ class Branches:
         if is_list and not sharing and branches and self._repeats(reader, region, bypassing):
             return region, Reason.RECURRENCE
         if branches and not graph.has_weights(region) and call.output is not None:
-            region |= graph.bit(call.output)  # addmm(x, x, W): the branch is inside the call
+            # The branch is inside the call itself: addmm(x, x, W).
+            region |= graph.bit(call.output)
         elif branches and self._is_gain(region):
             return region, Reason.BOTH_LINEAR
         if branches and self._is_activation_function(region):
@@ -111,13 +124,13 @@ class Branches:
         return region, tuple(branches) or reason
 
     def _passed(self, reader: Sides, side: Side, j: int) -> int | Reason:
-        """The nodes between the fork of a bypassing operand and operand j, or why they do not count."""
+        """The nodes between the fork of a bypassing operand and operand j, or why they are not a branch."""
         graph, fork = self.graph, side.fork
         if fork is None:
             return Reason.UNRELATED
         nodes = self._between(reader, side, fork, j)
         while not isinstance(nodes, Reason) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
-            # A mere view is no place to part: the branch may have left before it.
+            # A view cannot be the fork: the branch may start from the tensor before it.
             (fork,) = graph.active_parents(fork)
             nodes = self._between(reader, side, fork, j)
         return nodes
@@ -126,7 +139,8 @@ class Branches:
         graph, end = self.graph, reader.position(j)
         starts = [fork]
         taken = self._taken(reader, side, fork)
-        if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
+        # A side that takes parts of the fork bypasses only nodes computed from the same parts.
+        if taken and all(part.limits for part in taken):
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts and not self.couplings.puts_back(reader.call, fork):
                 is_step = all(len(run) == 1 for part in taken for run in part.limits.values())
@@ -145,15 +159,17 @@ class Branches:
         return nodes
 
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
-        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are
-        parts of, is the whole with some of it gone through the branch; not where the part is mixed with
-        itself, as rotated positions are, or repeated for each head.
+        """The parts of the fork that a side takes; empty if it takes the whole.
+
+        A concatenation of parts along the axis along which they were cut counts as the whole, some of which
+        went through the branch, unless a part is mixed with itself (rotary positions) or repeated per head.
         """
         graph, call = self.graph, reader.call
         region = side.region
         if not region & graph.children_of(fork):
             return []
-        if side.how == "gated":  # a gate may be made of another part than what it multiplies
+        # A gate may be computed from another part than the one that it multiplies.
+        if side.how == "gated":
             carried = reader.carried(side)
             region = carried if carried & graph.children_of(fork) else region
         taken = graph.parts_taken(fork, region)
@@ -163,14 +179,14 @@ class Branches:
         return [] if any(part.axis_along(dim) for part in taken) else taken
 
     def _is_mixed(self, region: int) -> bool:
-        """Whether values are repeated in a region, or several of them are added."""
+        """Whether a region repeats values, or adds several activations."""
         added = bits(region & self.graph.of_kinds(_ADDING))
         return bool(region & self.graph.of_kinds(REPEATING)) or any(
             len(self.graph.active_parents(v)) > 1 for v in added
         )
 
     def _is_broadcast(self, call: Merge, dim: int, region: int) -> bool:
-        """Whether a call puts an operand that ends in a region into a larger part of its result."""
+        """Whether a call broadcasts an operand that ends in a region along an axis other than ``dim``."""
         graph, rest = self.graph, []
         for node in (call.output, *call.operands):
             if node is not None and (node == call.output or region >> node & 1):
@@ -179,9 +195,7 @@ class Branches:
         return any(shape != rest[0] for shape in rest[1:])
 
     def _is_gain(self, region: int) -> bool:
-        """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m
-        x.
-        """
+        """Whether a region only scales each value by weights: x + (m - 1) x is m x."""
         curves = region & ~self.graph.of_kinds(STRAIGHT_POINTWISE)
         return not curves and not self._multiplies_activations(region)
 
@@ -190,11 +204,10 @@ class Branches:
         return any(len(self.graph.active_parents(v)) > 1 for v in products)
 
     def _is_activation_function(self, region: int) -> bool:
-        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is
-        bent.
+        """Whether a region is an elementwise function whose weights are scalars or enter a nonlinearity.
 
-        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds
-        gains.
+        Snake, x + sin(a x)^2 / a, is an activation function; in x + g tanh(x) with a gain per channel, g tanh
+        is a branch.
         """
         graph = self.graph
         if region & ~graph.of_kinds(POINTWISE):
@@ -206,9 +219,7 @@ class Branches:
         return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
-        """Whether the branch's matrices have all made a bypassing operand before: one module, step after
-        step.
-        """
+        """Whether every matrix of the branch also enters a bypassing operand, as in a recurrence."""
         graph, ends = self.graph, [reader.position(i) for i in bypassing]
         matrices = list(bits(graph.matrices_in(region)))
         return bool(matrices) and all(

@@ -1,6 +1,4 @@
-"""Which operands of a merge skip what the others went through: the rules, and what only looks like a
-shortcut.
-"""
+"""Rules that decide which operands of a merge bypass the others, and reject false shortcuts."""
 
 from __future__ import annotations
 
@@ -24,9 +22,8 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._sides import Side
 from skipscope.shortcuts.trace import _operations
 
-FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
-    6
-)  # of several paths past a branch, the first is the shortcut
+# If several operands could bypass a branch, the operand of lowest rank is the shortcut.
+FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(6)
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _CURVED = POINTWISE - STRAIGHT_POINTWISE - GATES - {"where", "masked_fill"}
 _PASSING = SHAPE | DROPOUT | {"mul", "div"}
@@ -34,13 +31,13 @@ _MATRIX_PRODUCTS = frozenset({"bmm", "mm", "matmul", "einsum", "mv", "dot", "ten
 
 
 def _unbent(sides: Sequence[Side]) -> Reason:
-    """The reason why what is beside a linear map is no branch."""
+    """The reason why the other sides of a merge with a linear map are not a branch."""
     linear = sides and all(side.how in {"projection", "linear maps"} for side in sides)
     return Reason.BOTH_LINEAR if linear else Reason.PARALLEL
 
 
 class Bypass:
-    """Tells in one graph which operands bypass.
+    """Decides which operands bypass the others, for the merges of one graph.
 
     Args:
         graph: the dataflow.
@@ -52,13 +49,12 @@ class Bypass:
     def operands(
         self, call: Merge, sides: dict[int, Side], is_summed: bool = False
     ) -> tuple[int, ...] | Reason:
-        """The operands that skip: those without weights; else scaled; else gated; else normed; else
-        projected.
+        """Select the operands that bypass: those without weights, else scaled, gated, normed or projected.
 
         Args:
             call: the merge.
             sides: its operands' sides.
-            is_summed: what the call stacks is summed over.
+            is_summed: whether the call is a stack that is later summed.
         """
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _operations.LISTS:
@@ -88,9 +84,7 @@ class Bypass:
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor
-        F(x).
-        """
+        """Keep the operands that depend on no other operand in ``chosen``: x, but not its gate or F(x)."""
 
         def is_later(i: int) -> bool:
             at = sides[i].fork or 0
@@ -100,7 +94,7 @@ class Bypass:
         return tuple(i for i in chosen if not is_later(i))
 
     def rank(self, side: Side) -> int | None:
-        """How a side bypasses; None where it does not."""
+        """The rank of a side among bypassing sides. None if it does not bypass."""
         if side.fork is None or side.how in {"branch", "bent"}:
             return None
         if side.how in {"projection", "linear maps"}:
@@ -110,22 +104,18 @@ class Bypass:
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
     def is_deeper(self, region: int) -> bool:
-        """Whether a set of nodes does more than one linear map: two, one after the other, or one and
-        something bent.
-        """
+        """Whether a set of nodes is more than one linear map: two in sequence, or one and a nonlinearity."""
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()
-        # Of a single matrix most functions make a gate or a scale (the exp of a log-variance); of several, a
-        # branch.
+        # A nonlinear function of one matrix is usually a gate or a scale (exp of a log-variance), but of
+        # several matrices it is a branch.
         if matrices and (self._bends(region) or (matrices > 1 and region & graph.of_kinds(_CURVED))):
             return True
-        passed: set[int] = set()  # what comes after a matrix
+        passed: set[int] = set()  # nodes at or after a matrix
         for v in bits(region) if matrices > 1 else ():
             is_after = any(p in passed for p in graph.parents[v])
-            is_map = graph.matrices[v] and graph.kind(v) not in {
-                "add",
-                "sub",
-            }  # a bias of several dimensions is none
+            # A bias of several dimensions is not a linear map.
+            is_map = graph.matrices[v] and graph.kind(v) not in {"add", "sub"}
             if is_map and is_after:
                 return True
             if is_map or is_after:
@@ -133,12 +123,14 @@ class Bypass:
         return False
 
     def _takes_largest(self, side: Side) -> bool:
-        """Whether only the largest values come through: one more of Inception's parallel branches."""
+        """Whether a side has a max pool, as one of the parallel branches of Inception has."""
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int | None) -> bool:
-        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v
-        . tanh of it, as in additive attention, one factor of a product.
+        """Whether a sum is an attention score, which enters a matrix product after a softmax.
+
+        In between it may be shifted and scaled. In additive attention the softmax is that of v . tanh(sum),
+        and its product may also be elementwise.
         """
         if at is None:
             return False
@@ -148,7 +140,7 @@ class Bypass:
         return bool(self.graph.onward(softmaxes, _PASSING, ends))
 
     def _additive_scores(self, at: int) -> list[int]:
-        """The softmax of v . tanh(sum), where that is all the sum is for."""
+        """The softmax of v . tanh(sum), if nothing else uses the sum; else []."""
         passed = ""
         while len(children := self.graph.children[at]) == 1:
             (at,) = children
@@ -166,7 +158,7 @@ class Bypass:
         return bool(region & self.graph.of_kinds(BENT))
 
     def _is_low_rank(self, side: Side, projection: Side) -> bool:
-        """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
+        """Whether a side is linear with a lower rank than the projection beside it, as in LoRA."""
         if side.region & ~self.graph.of_kinds(_LINEAR):
             return False
         inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)

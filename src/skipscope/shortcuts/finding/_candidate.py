@@ -1,4 +1,4 @@
-"""A shortcut before it has a name: what judging one merge, or several together, has found."""
+"""Candidates: shortcuts before they have a name, as read from one merge or several together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipscope.shortcuts.finding._mixtures import Mixture
 
 
 class Reason(enum.Enum):
-    """Why a merge is no shortcut, in words for people."""
+    """Why a merge is not a shortcut, as shown to the user."""
 
     ACTIVATION_FUNCTION = "an activation function with weights of its own"
     BENT = "a side without weights that is not linear"
@@ -19,7 +19,7 @@ class Reason(enum.Enum):
     GATE = "a gate: a product, not a sum"
     LOW_RANK = "a low-rank update of the same linear map"
     NOWHERE = "it leads to no output of the model"
-    NO_SUM = "it joins its operands otherwise than by a sum"
+    NO_SUM = "it joins its operands by another operation than a sum"
     NO_WEIGHTS = "no weights on either side"
     ONLY_A_FACTOR = "only a factor depends on it"
     ONLY_A_GATE = "only a gate depends on it"
@@ -40,18 +40,18 @@ class Candidate:
 
     Attributes:
         call: the merge.
-        kind: of the shortcut.
-        forks: nodes where each bypassing operand parts from the branch.
+        kind: kind of the shortcut.
+        forks: for each bypassing operand, the node where it parts from the branch.
         bypassing: operands that carry the shortcut.
-        shortcut_operands: these, and what they are multiplied with inside the call.
+        shortcut_operands: the bypassing operands, and their factors inside the call.
         region: bit set of the branch's nodes.
         side_region: bit set of the shortcut's own nodes.
-        shortcut_at: where the shortcut is edited.
-        branch_at: where the branch is edited.
-        parts: calls that belong to this shortcut and are no merges of their own.
-        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply
+        shortcut_at: operands where the shortcut is edited.
+        branch_at: operands where the branch is edited.
+        parts: calls that belong to this shortcut and are not merges of their own.
+        both: operands that carry both the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply
             both.
-        mixture: how what the call stacks is summed, or None.
+        mixture: the weighted sum over the stack that the call returns, or None.
     """
 
     call: Merge
@@ -69,5 +69,5 @@ class Candidate:
 
     @property
     def is_summed(self) -> bool:
-        """Whether the merge is complete only where what the call stacks has been summed."""
+        """Whether the merge is a stack, complete only where the stack has been summed."""
         return self.mixture is not None and self.mixture.alone

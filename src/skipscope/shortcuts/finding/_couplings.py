@@ -1,9 +1,9 @@
-"""Couplings: with a and b the parts of one tensor x, [a + F(b), b] is x + [F(b), 0].
+"""Couplings: for a tensor x with parts a and b, [a + F(b), b] equals x + [F(b), 0].
 
-By itself a + F(b) bypasses nothing: a and b are two activations, as two steps of a sequence are. Put back
-beside b, each in its own place, it is a sum over the whole: F is a branch, and a the part of x that goes past
-it (NICE, RealNVP, reversible networks). The parts may be put back where they were summed, or many sums later,
-as streams that were parted once.
+The sum a + F(b) alone bypasses nothing: a and b are two activations, like two steps of a sequence. If it is
+concatenated with b again, the whole is a sum: F is a branch, and a is the part of x that skips it (NICE,
+RealNVP, reversible networks). The parts may be joined right after the sum, or many sums later, as streams
+that were split once.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Axis, Part
 from skipscope.shortcuts.trace import _operations
 
-# What carries a part on: a stream of sums, and gates on it.
+# Operations between a part and the concatenation: sums on the stream, and gates.
 _CARRYING = WHOLE | {"add", "sub", "mul", "div"}
 
-# What puts parts into a tensor one by one.
+# Operations that write parts into a tensor one by one.
 _PUT = frozenset({"setitem", "write", "slice_scatter", "index_copy"})
 
 
 class Couplings:
-    """Reads couplings in one graph."""
+    """Finds couplings in one graph."""
 
     def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
 
     def puts_back(self, call: Merge, fork: int) -> bool:
-        """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is
-        missing.
-        """
+        """Whether a sum with a part of ``fork`` is later concatenated with all of the other parts."""
         at = call.output
         for end in [] if at is None else self.graph.onward([at], _CARRYING | _PUT, _operations.LISTS | _PUT):
             joined = self.made.get(end)
@@ -41,11 +39,9 @@ class Couplings:
         return False
 
     def _covers(self, joined: Merge, fork: int) -> bool:
-        """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of
-        it.
-        """
+        """Whether a concatenation joins parts of ``fork`` that together cover it along one axis."""
         whole, dim = self.graph.parts_of(fork).get(fork), self.graph.joined_axis(joined)
-        # Two features of one number each may be coupled; steps of a sequence, one by one, are a recurrence.
+        # Parts of a single feature may be coupled, but parts of a single time step are a recurrence.
         least = 1 if joined.name != "stack" and self._is_of_features(joined, dim) else 2
         if whole is None or dim is None:
             return False
@@ -61,7 +57,7 @@ class Couplings:
         )
 
     def _pieces(self, joined: Merge) -> list[int | None]:
-        """What a call puts together; with a put, also what was put there before."""
+        """The nodes that a call concatenates; for a write into a part, also those of earlier writes."""
         if joined.put is None:
             return list(joined.operands)
         found: list[int | None] = []
@@ -73,12 +69,12 @@ class Couplings:
         return found
 
     def _is_of_features(self, joined: Merge, dim: int | None) -> bool:
-        """Whether a call joins along the axis of the features: the last, or that of an image's channels."""
+        """Whether a call joins along the feature axis: the last, or the channel axis of an image."""
         ndim = 0 if joined.output is None else len(self.graph.shape(joined.output))
         return ndim > 1 and dim is not None and (dim == ndim - 1 or (ndim > 3 and dim == 1))
 
     def _parts_carried(self, node: int | None, fork: int) -> list[Part]:
-        """The parts of ``fork``, in the shape of ``node``, that it may carry on."""
+        """The parts of ``fork``, of the shape of ``node``, that lead to it through sums and gates."""
         if node is None:
             return []
         graph, parts, shape = self.graph, self.graph.parts_of(fork), self.graph.shape(node)

@@ -1,4 +1,4 @@
-"""Shortcuts that several calls make together: gates, however they are written, and sums of more than two.
+"""Shortcuts that span several calls: gates in any form, and sums of more than two operands.
 
 A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out
 (``_expanded``).
@@ -20,19 +20,19 @@ from skipscope.shortcuts.finding._products import before_map
 from skipscope.shortcuts.finding._sides import Side, Sides, signs_of
 
 _SUMS = frozenset({"add", "sub", "rsub"})
-# What adds one tensor to another, or to a part of it.
+# Operations that add one tensor to another, or to a part of it.
 _ADDING = frozenset({"add", "index_add", "index_put", "scatter_add", "scatter_reduce"})
 
 
 class Gates:
-    """Reads gates, and sums of more than two, in one graph."""
+    """Finds gates, and sums of more than two operands, in one graph."""
 
     def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
         self._has_differences = any(call.name in {"sub", "rsub"} for call in made.values())
 
     def product(self, sides: dict[int, Side]) -> Reason | None:
-        """The reason why a product is none: x times a side with weights. None for any other product."""
+        """``Reason.GATE`` for a product of x and a side with weights. None for any other product."""
         free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
         held = [
             s
@@ -42,7 +42,7 @@ class Gates:
         return Reason.GATE if free and held else None
 
     def reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
+        """Whether ``end`` depends on ``starts`` other than through a sigmoid factor of an unrelated node."""
         graph, reached = self.graph, set(starts)
         for v in bits(nodes):
             parents = [p for p in graph.parents[v] if p in reached]
@@ -53,8 +53,9 @@ class Gates:
         return end in reached
 
     def reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a
-        router's output that multiplies each expert's is no input of the experts.
+        """Whether ``end`` depends on ``starts`` other than through a weightless factor of an unrelated node.
+
+        A router's output multiplies each expert's output, but is no input of the experts.
         """
         graph = self.graph
         reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered since
@@ -69,29 +70,32 @@ class Gates:
     def difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
     ) -> tuple[Merge, int, tuple[int, ...], Kind] | None:
-        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both
-        sides, and the kind: scaled where t does not depend on the data.
+        """Find H - x in x + t (H - x).
+
+        Returns:
+            The call of H - x, the number of its operand x, the operands that carry both sides, and the kind
+            (scaled if t does not depend on the data); or None.
         """
         if not self._has_differences:
             return None
         x, signs = reader.position(i), signs_of(reader.call)
         for j in branches:
-            inner = self._inner(reader.position(j), x)
+            inner = self._traced_difference(reader.position(j), x)
             if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
-                continue  # x + s (pool(x) - x), as in EfficientFormer: the scale is all that the branch holds
+                continue  # x + s (pool(x) - x), as in EfficientFormer: the branch has no weight but the scale
             if inner is not None and inner[2] * signs[j] == -signs[i]:
                 both = tuple(reader.factors) if j in reader.factors else (j,)
                 return *inner[:2], both, _kind(reader, inner[3])
         return None
 
     def crossed(self, reader: Sides) -> Candidate | None:
-        """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
+        """Find H + c (x - H), as in recurrent cells, where the operand without a gate is the branch."""
         if not self._has_differences:
             return None
         graph, call, signs = self.graph, reader.call, signs_of(reader.call)
         for i, j in permutations(reader.active, 2):
             end = reader.position(i)
-            inner = self._inner(reader.position(j), end)
+            inner = self._traced_difference(reader.position(j), end)
             if inner is None or inner[2] * signs[j] != -signs[i]:
                 continue
             part, h, _, is_gate = inner
@@ -115,15 +119,16 @@ class Gates:
     def with_addend(
         self, call: Merge, sum_at: Callable[[int], Candidate | None]
     ) -> tuple[int, Candidate] | None:
-        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each
-        may be added to a part of x only.
+        """Read (x + a) + b, with b computed from x too, as the inner sum's shortcut with b in its branch.
+
+        Each of a and b may be added to only a part of x.
 
         Args:
-            call: a merge that is no shortcut of its own.
-            sum_at: the shortcut whose sum a node is, or None.
+            call: a merge that is not a shortcut of its own.
+            sum_at: function that returns the shortcut merged at a node, or None.
 
         Returns:
-            The node of the inner sum, and its verdict.
+            The node of the inner sum, and its extended shortcut; or None.
         """
         graph, reader = self.graph, Sides(self.graph, call)
         for i, j in permutations(reader.active, 2) if call.name in _ADDING else ():
@@ -145,16 +150,23 @@ class Gates:
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
         return None
 
+    def inner(self, j: int, x: int, reader: Sides) -> bool:
+        """Whether operand ``j`` of a merge is t (H - x)."""
+        return self._has_differences and self._traced_difference(reader.position(j), x) is not None
+
     def _holds_weights(self, at: int | None, x: int) -> bool:
-        """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not come from there."""
+        """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not depend on ``x``."""
         graph = self.graph
         return at is not None and (
             not graph.ancestors.reaches(x, at) or graph.has_weights(graph.inside_of(x, at))
         )
 
-    def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
-        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's
-        sign, and whether a gate was passed that depends on the data.
+    def _traced_difference(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
+        """Trace back through gates and views to a difference with node ``x``.
+
+        Returns:
+            The call, the number of its operand x, the sign of x, and whether a gate that depends on the data
+            was passed; or None.
         """
         graph, waiting, is_gate = self.graph, [(at, 1)], False
         for _ in range(12):
@@ -171,7 +183,7 @@ class Gates:
                 parents = graph.active_parents(at)
                 is_gate = is_gate or (kind in PRODUCT and len(parents) > 1)
                 sign = -sign if kind == "neg" else sign
-                # Of several factors one may bring the sign: x + (-t) (x - H).
+                # The sign may be in another factor: x + (-t) (x - H).
                 negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "neg"}
                 routes = [p for p in parents if p != x and graph.ancestors.reaches(x, p)]
                 waiting += [(p, -sign if negative - {p} else sign) for p in routes]
@@ -179,6 +191,6 @@ class Gates:
 
 
 def _kind(reader: Sides, is_gate: bool) -> Kind:
-    """Gated where a gate was passed, or the merge itself multiplies by an activation; else scaled."""
+    """Gated if a gate was passed or the merge itself multiplies by an activation; else scaled."""
     in_call = bool(reader.factors) and all(f in reader.active for f in reader.factors)
     return "gated" if is_gate or in_call else "scaled"

@@ -1,4 +1,4 @@
-"""The verdict on one merge: a shortcut of some kind, or the reason why it is none."""
+"""Classify a merge: a shortcut of some kind, or the reason why it is not a shortcut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 
-from skipscope.shortcuts._shortcut_result import Kind, Place
+from skipscope.shortcuts._shortcut_result import KINDS, Kind, Place
 from skipscope.shortcuts.finding._branch import Branches
 from skipscope.shortcuts.finding._bypass import CHAINED, PROJECTED, Bypass
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
@@ -22,20 +22,19 @@ from skipscope.shortcuts.finding._routes import Routes
 from skipscope.shortcuts.finding._sides import Role, Side, Sides, is_scaled
 from skipscope.shortcuts.trace import _operations
 
-_BY_WEIGHT = ("identity", "scaled", "projection", "gated")
 _BY_ROLE: dict[Role, Kind] = {"linear maps": "projection", "branch": "identity", "bent": "identity"}
 
 
 @dataclass(eq=False)
 class _Case:
-    """One merge, and what the rules before have found of it.
+    """One merge, and the findings of the rules applied so far.
 
     Attributes:
-        reader: reads its operands.
-        sides: of each operand that is an activation.
-        maps: of each operand that is a part of a linear map times a gate.
-        bypassing: the operands that skip.
-        branches: the operands by which the branch comes in.
+        reader: reader of its operands.
+        sides: for each operand that is an activation, its side.
+        maps: for each operand that is a part of a linear map times a gate, that side.
+        bypassing: the operands that skip the branch.
+        branches: the operands that carry the branch.
         region: bit set of the branch's nodes.
     """
 
@@ -53,20 +52,20 @@ class _Case:
 
     @property
     def is_list(self) -> bool:
-        """Whether it puts its operands side by side."""
+        """Whether it concatenates or stacks its operands."""
         return self.call.name in _operations.LISTS
 
     @property
     def is_declared(self) -> bool:
-        """Whether its author said which side is which."""
+        """Whether its author declared the two sides by ``mark_shortcut``."""
         return self.call.name.startswith("marked ")
 
 
 class Judge:
-    """Judges the merges of one graph, by the rules in ``RULES``, one after the other.
+    """Classifies the merges of one graph, by the rules in ``RULES``, one after the other.
 
     Attributes:
-        gates: what judges several calls together.
+        gates: reader of shortcuts that span several calls.
     """
 
     def __init__(self, graph: Graph):
@@ -81,8 +80,8 @@ class Judge:
         """Classify one merge.
 
         Returns:
-            What the first rule that decides returns: a candidate, or the reason why it is none. None if fewer
-            than two operands are activations, or a product is no gate.
+            The result of the first rule that decides: a candidate, or the reason why it is not a shortcut.
+            None if fewer than two operands are activations, or for a product that is not a gate.
         """
         case = _Case(Sides(self.graph, call))
         if len(case.reader.active) < 2:
@@ -96,25 +95,25 @@ class Judge:
     # --- the rules, in order ---
 
     def leads_out(self, case: _Case) -> Reason | None:
-        """What is only looked at, for a log or a stopping test, joins nothing."""
+        """Reject a merge whose result does not reach an output (a log, a stopping test)."""
         return Reason.NOWHERE if case.call.output is None else None
 
     def multiplied_out_gate(self, case: _Case) -> Candidate | None:
-        """X - t x + t H in several sums."""
+        """Accept x - t x + t H, spread over several sums."""
         return self.expanded.gate(case.call)
 
     def stacked(self, case: _Case) -> Reason | None:
-        """A stack that is not summed over joins nothing."""
+        """Reject a stack that is not summed."""
         if case.call.put is not None:
             return Reason.STACKED if case.call.put.is_step else None
         return Reason.STACKED if case.call.name == "stack" and not self._is_summed(case.call) else None
 
     def _is_summed(self, call: Merge) -> bool:
-        """Whether what a call puts side by side is summed over."""
+        """Whether a call is a concatenation or stack that is later summed."""
         return call.put is None and self.mixtures.of(call) is not None
 
     def related(self, case: _Case) -> Reason | None:
-        """A product is a gate at most; operands that share no ancestor bypass nothing."""
+        """Reject a product that is a gate, and operands that share no ancestor."""
         case.sides, case.maps = case.reader.read(), {}
         if not case.is_list or self._is_summed(case.call):
             case.sides, case.maps = self.branches.before_parting(case.reader, case.sides)
@@ -123,20 +122,20 @@ class Judge:
         return Reason.UNRELATED if all(side.fork is None for side in case.sides.values()) else None
 
     def crossed_gate(self, case: _Case) -> Candidate | None:
-        """H + c (x - H), where the operand that stands alone is the branch."""
+        """Accept H + c (x - H), where the operand without a gate is the branch."""
         if case.call.name in _operations.LISTS | _operations.PRODUCTS | {"where"}:
             return None
         return self.gates.crossed(case.reader)
 
     def gated_projection(self, case: _Case) -> Reason | None:
-        """A linear map times a gate skips where nothing skips without weights: t H + (1 - t) W x."""
+        """Let a gated linear map bypass if no operand bypasses without weights: t H + (1 - t) W x."""
         reader, sides = case.reader, case.sides
         if case.call.name not in {"add", "addcmul"} or case.is_declared:
             return None
         maps = {**reader.gated_maps(), **case.maps}
         for i, side in maps.items():
             others = [j for j in reader.active if j != i and not {i, j} <= set(reader.factors)]
-            # The other side is a branch, or only its gate is met on the way back without weights.
+            # The other side is a branch, or only its gate can be traced back without weights.
             beside = all(
                 sides[j].how == "branch" or (sides[j].how == "gated" and sides[j].fork != side.fork)
                 for j in others
@@ -151,7 +150,7 @@ class Judge:
         return None
 
     def _is_deep(self, reader: Sides, side: Side, j: int) -> bool:
-        """Whether operand j, but for its gate, is more than a linear map of what a side skips from."""
+        """Whether operand j, without its gate, is more than a linear map of the fork of a side."""
         ends = [carry for carry, _ in reader.gatings(j)] or [reader.position(j)]
         fork = side.fork
         return fork is not None and any(
@@ -159,7 +158,7 @@ class Judge:
         )
 
     def bypassed(self, case: _Case) -> Reason | None:
-        """Some operand has to skip what the others went through."""
+        """Reject a merge without a bypassing operand."""
         if case.call.name in _operations.PRODUCTS or case.bypassing:
             return None
         is_summed = case.is_list and self._is_summed(case.call)
@@ -170,18 +169,18 @@ class Judge:
         return None
 
     def routed(self, case: _Case) -> Reason | None:
-        """Tokens that one mask sends through one block, and its contrary through another, skip none."""
+        """Reject masked routes: a mask selects one block and its complement another, so no token skips."""
         are_parallel = any(self.routes.are_parallel(case.call, i) for i in case.bypassing)
         return Reason.PARALLEL if are_parallel else None
 
     def branch(self, case: _Case) -> Reason | None:
-        """What it skips has to hold weights."""
+        """Reject a merge whose bypassed nodes hold no weights."""
         if not case.bypassing:
             return None
         case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing)
         if branches is Reason.NO_WEIGHTS and case.call.name in _operations.LISTS:
-            # Several may come from one branch, and share its weights: x is what comes from none of the
-            # others.
+            # Several operands may come from one branch and share its weights. Keep only the operand that
+            # depends on no other, x.
             first = self.bypass.the_first(case.sides, case.bypassing)
             case.bypassing = tuple(i for i in first if not case.sides[i].is_sum)
             case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing, sharing=True)
@@ -191,26 +190,25 @@ class Judge:
         return None
 
     def deeper_than_a_projection(self, case: _Case) -> Reason | None:
-        """g(c) h(x) + b(c) is two linear maps of c, side by side."""
+        """Reject a projection beside a branch that is only linear: g(c) h(x) + b(c) is two maps of c."""
         if not case.bypassing or case.is_declared:
             return None
         is_projection = self.bypass.rank(case.sides[case.bypassing[0]]) in {PROJECTED, CHAINED}
         return Reason.PARALLEL if is_projection and not self.bypass.is_deeper(case.region) else None
 
     def shortcut(self, case: _Case) -> Candidate | None:
-        """What no rule has rejected."""
+        """Accept any merge that no earlier rule has rejected."""
         if not case.bypassing:
             return None
         return self._shortcut(case.reader, case.sides, case.bypassing, case.branches, case.region)
 
-    # --- beside the rules ---
+    # --- helpers, not rules ---
 
     def passed(self, call: Merge) -> Candidate | None:
-        """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+),
-        or None.
+        """Find a decoder's concatenation whose skip passes a block with weights (UNETR, DeepLabV3+).
 
-        The deeper side is enlarged again later, and the skip passes fewer weights one after the
-        other.
+        The deeper side contains an upsampling, and the skip passes fewer weights in sequence. None for any
+        other merge.
         """
         reader = Sides(self.graph, call)
         if call.name not in _operations.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
@@ -259,9 +257,7 @@ class Judge:
     def _as_written(
         self, reader: Sides, sides: dict[int, Side], branches: tuple[int, ...], plain: Candidate
     ) -> Candidate:
-        """The verdict, where the form in which the merge is written says more than that it adds its
-        operands.
-        """
+        """Refine a candidate whose merge is more than a plain sum: a gate, a ``lerp``, a mixture."""
         call, bypassing = reader.call, plain.bypassing
         if call.name == "where":
             return replace(plain, kind="gated")
@@ -272,13 +268,15 @@ class Judge:
             kind = max(
                 mixture.kind,
                 *(_BY_ROLE.get(sides[i].how, sides[i].how) for i in bypassing),
-                key=_BY_WEIGHT.index,
+                key=KINDS.index,
             )
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
-        if sides[bypassing[0]].how in {"branch", "bent"}:
+        side = sides[bypassing[0]]
+        if side.how in {"branch", "bent"}:
             return plain
-        if plain.kind in {"identity", "projection"} and (
+        is_normed = side.how == "scaled" and not side.products
+        if (plain.kind in {"identity", "projection"} or is_normed) and (
             found := self.gates.difference(reader, bypassing[0], branches)
         ):
             part, x, both, kind = found
@@ -294,18 +292,18 @@ class Judge:
         return replace(plain, both=self._multiplied(reader, bypassing)) if plain.kind == "gated" else plain
 
     def _multiplied(self, reader: Sides, bypassing: tuple[int, ...]) -> tuple[int, ...]:
-        """What the call multiplies with a bypassing operand, and that itself."""
+        """The operands that the call multiplies, if a bypassing operand is among them; else ()."""
         return reader.factors if set(bypassing) & set(reader.factors) else ()
 
     def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that the call multiplies one is enough; a gate inside ``lerp`` stays."""
+        """The operands to edit in a lesion: one factor of a product is enough; ``lerp``'s weight stays."""
         if reader.call.name == "lerp":
             return tuple(j for j in branches if j < 2)
         multiplied = [j for j in branches if j in reader.factors]
         return tuple(j for j in branches if j not in multiplied[1:])
 
     def _place(self, call: Merge, i: int, side: Side) -> Place:
-        """Where x stands before its factor: the factor stays as built, and its gradient live."""
+        """The place where x can be edited before its factor; the factor and its gradient stay as built."""
         if call.put is not None and i == 0 and call.traced.whole is not None:
             return Place(call.key, _operations.WHOLE)
         for product in () if side.is_sum else side.products:
@@ -317,12 +315,12 @@ class Judge:
         return Place(call.key, i)
 
     def _branch_place(self, call: Merge, j: int) -> Place:
-        """Where a branch comes in; that of a part is all of the tensor it is put into."""
+        """The place where a branch is edited; for a write into a part, the whole tensor."""
         is_whole = call.put is not None and j == 0 and call.traced.whole is not None
         return Place(call.key, _operations.WHOLE if is_whole else j)
 
     def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
-        """An addition to a part of x is x + F, where F is zero outside the part: all of x is the operand."""
+        """Replace an edit of a part of x by an edit of all of x: the addition is x + F, F zero elsewhere."""
         call = reader.call
         part = Place(call.key, call.part)
         if part not in places or not reader.carries_whole(fork):
@@ -332,7 +330,7 @@ class Judge:
         return tuple(Place(call.key, _operations.WHOLE) if p == part else p for p in places)
 
     def _comes_straight(self, at: int, side: Side) -> bool:
-        """Whether a node comes from the fork without weights and gates."""
+        """Whether a node was computed from the fork without weights and gates."""
         graph = self.graph
         while at != side.fork:
             parents = graph.active_parents(at)
@@ -346,14 +344,15 @@ def _kind(call: Merge, role: Role, bypassing: int) -> Kind:
     """The kind of a shortcut by the role of its operand."""
     if call.name in _operations.LISTS:
         return "gated" if call.put is not None and call.put.is_chosen else "concat"
-    if role in ("branch", "bent"):  # declared by its author, whatever leads to it
+    # A side with such a role bypasses only because the author declared it by mark_shortcut.
+    if role in ("branch", "bent"):
         return "identity"
     if role == "linear maps":
         return "projection"
     return "scaled" if role == "identity" and is_scaled(call, bypassing) else role
 
 
-# Each returns a candidate, a reason why there is none, or None where it does not decide.
+# Each rule returns a candidate, a reason for rejection, or None if it does not decide.
 RULES: tuple[Callable[[Judge, _Case], Candidate | Reason | None], ...] = (
     Judge.leads_out,
     Judge.multiplied_out_gate,

@@ -1,4 +1,4 @@
-"""Kinds of operations, by what the rules of finding need to know of them."""
+"""Groups of operations that the finding rules distinguish."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What cuts a tensor into several along one axis.
+# Operations that cut a tensor into several along one axis.
 SPLITS = words("unbind split chunk tensor_split hsplit vsplit dsplit")
-# What keeps every value, once, under another shape.
+# Operations that keep every value exactly once, possibly in another shape.
 WHOLE = words(
     """
     view reshape view_as reshape_as transpose t T mT H mH adjoint permute movedim clone contiguous squeeze
@@ -21,19 +21,19 @@ WHOLE = words(
 _POOLS = words(
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean"
 )
-# Where only the largest values come through.
+# Operations that pass only the largest values.
 MAX_POOLS = words(
     """max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"""
 )
-# What moves the parts of a tensor between processes: all of it keeps its values.
+# Operations that move the shards of a tensor between processes; the whole tensor keeps its values.
 COLLECTIVES = words(
     """
     all_reduce all_gather_into_tensor reduce_scatter_tensor all_to_all_single broadcast shard_dim_alltoall
     wait_tensor _wrap_tensor_autograd
     """
 )
-# What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
+# Operations that move, resize, pool or copy values: y is linear in x, with constant coefficients.
 SHAPE = (
     WHOLE
     | COLLECTIVES
@@ -53,7 +53,7 @@ SHAPE = (
         """
     )
 )
-# Linear transforms with constant coefficients; with a filter between them they are a branch as it is written.
+# Linear transforms with constant coefficients. With a filter of weights between them they are a branch.
 TRANSFORMS = words(
     """
     fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn
@@ -66,7 +66,7 @@ PRODUCT = words(
     matmul bmm mm addmm addbmm baddbmm mv dot einsum tensordot inner
     """
 )
-# What makes images larger in a decoder.
+# Operations that enlarge images in a decoder.
 ENLARGING = words(
     """interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle max_unpool2d conv_transpose1d
     conv_transpose2d conv_transpose3d"""
@@ -74,7 +74,7 @@ ENLARGING = words(
 REPEATING = words("expand expand_as broadcast_to broadcast_tensors repeat tile repeat_interleave")
 DROPOUT = words("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout")
 ELEMENTWISE = words("mul div addcmul lerp")
-# What makes an activation function: each value by itself; the first of them bend nothing.
+# Elementwise operations, as in an activation function. Those of the first group are not nonlinearities.
 STRAIGHT_POINTWISE = WHOLE | ELEMENTWISE | words("add sub rsub neg addcdiv")
 POINTWISE = STRAIGHT_POINTWISE | words(
     """
@@ -84,16 +84,20 @@ POINTWISE = STRAIGHT_POINTWISE | words(
     clamp clamp_min clamp_max masked_fill tanhshrink softshrink hardshrink
     """
 )
-NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm")
+NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm normalize")
+# Operations that compute a norm, or a step of one.
+LENGTHS = words("norm linalg_norm linalg_vector_norm std var square pow abs")
+# Reciprocals: a product with one of these is a division.
+INVERSES = words("rsqrt reciprocal rdiv pow float_power")
 CONVOLUTION = words(
     """
     convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc
     """
 )
 LINEAR = CONVOLUTION | words("linear addmm mm matmul bmm baddbmm einsum mv tensordot inner bilinear")
-# What makes factors between 0 and 1.
+# Operations that compute factors between 0 and 1.
 GATES = words("sigmoid hardsigmoid softmax")
-# What makes a branch of a single matrix more than another linear map beside the first.
+# Nonlinearities that make a side with a single matrix a branch, and not only another linear map.
 BENT = words(
     """
     relu relu6 gelu silu leaky_relu elu tanh hardswish mish prelu hardtanh celu threshold selu rrelu softmax

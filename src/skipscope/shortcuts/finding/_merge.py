@@ -1,4 +1,4 @@
-"""What a rule of finding looks at: one call that joins activations, by the nodes of the dataflow."""
+"""Merges as the finding rules see them: calls that join activations, with operands as graph nodes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from skipscope.shortcuts.trace import TracedCall
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """How a call puts one tensor into a part of another: side by side, as a concatenation has them.
+    """A write of one tensor into a part of another, read as a concatenation of that part and the rest.
 
     Attributes:
-        axis: along which the part is beside the rest; None where it is a part along several, or unknown.
-        is_step: it is one step of a tensor that holds nothing else, as a stack is made.
-        is_chosen: its place depends on a mask, or on the data.
+        axis: axis of that concatenation. None if the part is limited along several axes, or unknown.
+        is_step: whether it writes one step of an otherwise empty tensor, which so becomes a stack.
+        is_chosen: whether the part is selected by a mask or by the data.
     """
 
     axis: int | None
@@ -30,14 +30,14 @@ class Merge:
     Attributes:
         traced: the call in the trace.
         name: the operation.
-        operands: for each operand its node, or None where it is a constant or no tensor.
-        tensors: which operands are tensors.
-        output: node of its result, or None where the result does not come from the data.
-        whole: for a call that updates a part of a tensor, the node of all of it before; else None.
-        written: the same after it.
-        part: the operand that is the part.
-        assigned_at: where the updated part is put back, if another call does that: x[a:b] = x[a:b] + F.
-        put: for a call that puts its second operand into a part of the first, how; else None.
+        operands: for each operand its node, or None if it is a constant or not a tensor.
+        tensors: for each operand, whether it is a tensor.
+        output: node of its result, or None if the result is not a node of the graph.
+        whole: for a call that updates a part of a tensor, the node of the whole tensor before it; else None.
+        written: for such a call, the node of the whole tensor after it; else None.
+        part: number of the operand that is the part.
+        assigned_at: place where another call writes the updated part back, as in x[a:b] = x[a:b] + F.
+        put: for a call that writes its second operand into a part of the first, that part; else None.
     """
 
     traced: TracedCall
@@ -64,7 +64,7 @@ class Merge:
 
     @property
     def source(self) -> str:
-        """``file.py:line``."""
+        """The source location of the call, as ``file.py:line``."""
         return self.traced.source
 
     @property

@@ -1,9 +1,8 @@
-"""Sums over what was stacked: (stack([x, H]) * weights).sum(0), by matrix product and ``einsum`` too, is w0 x
-+ w1 H.
+"""Weighted sums over a stack: (stack([x, H]) * weights).sum(0) is w0 x + w1 H.
 
-The stack is the merge, and the sum over it where the merge is complete. Between them are views and one weight
-for each that is stacked. A flat index into the stack is (one of L, which of the n stacked, one of the rest):
-by L and n the stacked axis is known again after any view.
+The sum may also be a matrix product or ``einsum``. The stack is the merge, and the merge is complete at the
+sum. Between them are views and a weight for each stacked tensor. Two numbers identify the stacked axis after
+any view: the product of the sizes of the axes before it, and the number of stacked tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from skipscope.shortcuts.trace import TracedCall
 
 Shape = tuple[int, ...]
 _SUMS = frozenset({"sum", "mean"})
-# Which axis of each factor a matrix product sums over.
+# For each matrix product, the axis of each factor over which it sums.
 _PRODUCTS = {"matmul": (-1, -2), "bmm": (-1, -2), "mm": (-1, -2), "mv": (-1, -1), "dot": (-1, -1)}
 _SAME_ORDER = WHOLE - {"transpose", "t", "T", "mT", "H", "mH", "adjoint", "permute", "movedim"}
 _TURNING = WHOLE - _SAME_ORDER
@@ -32,9 +31,9 @@ class Mixture:
     """A stack that is summed over.
 
     Attributes:
-        end: the node where the sum is.
-        kind: ``gated`` where the weights depend on the data; ``scaled``; ``identity`` where there are none.
-        alone: whether nothing else is made of the stack.
+        end: the node of the sum.
+        kind: ``gated`` if the weights depend on the data, ``identity`` if there are none, else ``scaled``.
+        alone: whether nothing else uses the stack.
     """
 
     end: int
@@ -43,13 +42,13 @@ class Mixture:
 
 
 class Mixtures:
-    """Reads sums over stacks in one graph."""
+    """Finds weighted sums over stacks in one graph."""
 
     def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
 
     def of(self, call: Merge) -> Mixture | None:
-        """How what a call stacks is summed; None where it is not, or otherwise too."""
+        """The sum over the stack that a call returns. None if there is no such sum, or several."""
         graph, count, start = self.graph, len(call.operands), call.output
         if (
             start is None
@@ -58,16 +57,16 @@ class Mixtures:
             or len(graph.children[start]) > 3
         ):
             return None
-        left = self._left(call, count)
+        left = self._leading_size(call, count)
         following = graph.children[start] if left is not None else []
-        found = [m for c in following if (m := self._along(start, c, left or 1, count))]
+        found = [m for c in following if (m := self._follow_to_sum(start, c, left or 1, count))]
         if len(found) != 1:
             return None
         end, kind = found[0]
         return Mixture(end, kind, len(graph.children[start]) == 1)
 
-    def _left(self, call: Merge, count: int) -> int | None:
-        """How many indices go before that of the stacked."""
+    def _leading_size(self, call: Merge, count: int) -> int | None:
+        """The product of the sizes of the axes before the stacked axis. None if a call stacks nothing."""
         graph = self.graph
         shapes = {graph.shape(node) for node in call.operands if node is not None}
         dim = graph.joined_axis(call)
@@ -76,8 +75,8 @@ class Mixtures:
         joined = graph.shape(call.output)
         return prod(joined[:dim]) if prod(joined) == count * prod(shapes.pop()) else None
 
-    def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
-        """From the stack through views and weights to a sum over it: its node, and the kind."""
+    def _follow_to_sum(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
+        """Follow the stack through views and weights to the sum; its node and the kind, or None."""
         graph, before, shape = self.graph, start, self.graph.shape(start)
         kind: Kind = "identity"
         while True:
@@ -96,12 +95,12 @@ class Mixtures:
                     and len(call.operands) <= 2
                     and axis in _contracted(call, place, len(shape))
                 )
-                kind = self._heavier(kind, others) if len(call.operands) == 2 else kind
+                kind = self._kind_with_weights(kind, others) if len(call.operands) == 2 else kind
                 return (at, kind) if ends else None
             if name == "mul" and not (len(others) <= 1 and at in self.made):
                 return None
             if name in {"mul", "expand", "expand_as"}:
-                kind = self._heavier(kind, others) if name == "mul" else kind
+                kind = self._kind_with_weights(kind, others) if name == "mul" else kind
                 axis = len(new) - len(shape) + (axis or 0)
             elif name in _TURNING:
                 axis = list(order_of(call, len(shape))).index(axis or 0)
@@ -113,24 +112,24 @@ class Mixtures:
                 return None
             before, shape, at = at, new, graph.children[at][0]
 
-    def _heavier(self, kind: Kind, weights: list[int]) -> Kind:
+    def _kind_with_weights(self, kind: Kind, weights: list[int]) -> Kind:
         is_active = any(w < self.graph.activations for w in weights)
         return "gated" if kind == "gated" or is_active else "scaled"
 
 
 def _axis(shape: Shape, left: int, count: int) -> int | None:
-    """The axis of the stacked, where it is one by itself."""
+    """The stacked axis, if it is an axis of its own; None if a view has merged it with another."""
     return next((a for a, size in enumerate(shape) if size == count and prod(shape[:a]) == left), None)
 
 
 def _summed(call: TracedCall, ndim: int) -> set[int]:
-    """The axes over which a sum goes."""
+    """The axes over which a sum or mean reduces."""
     dims = call.argument(1, "dim", call.keywords.get("axis"))
     return {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))}
 
 
 def _contracted(call: TracedCall, place: int, ndim: int) -> set[int]:
-    """The axes of one of its operands over which a product sums."""
+    """The axes of the operand number ``place`` over which a product sums."""
     if call.function == "tensordot":
         dims = call.argument(2, "dims", 2)
         if not isinstance(dims, int):

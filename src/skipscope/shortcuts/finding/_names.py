@@ -1,4 +1,4 @@
-"""What shortcuts, merges and forks are called: by the modules they concern, the same from run to run."""
+"""Names of shortcuts, merges and forks, built from module paths and the same from run to run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from skipscope.shortcuts.finding._merge import Merge
 
 
 def home_of(graph: Graph, item: Candidate) -> str:
-    """The module that is the branch: the smallest that holds its matrices, lifted while nothing else comes
-    in.
+    """Path of the branch's module: the smallest that holds its matrices, or an ancestor that adds no weights.
 
-    It is not lifted above the module that merges. A branch without matrices is named by its vectors; one
-    without a common module by its first.
+    It is not above the module that merges. For a branch without matrices its vectors decide, for a branch
+    without a common module its first module.
     """
     every = set(graph.modules_in(item.region))
     matrices = [m for m in graph.modules_in(item.region) if graph.has_matrix(m)] or list(every)
     if not matrices:
         return item.call.owner
-    only_here = graph.modules_only_in(item.region)  # one position bias for all layers names none
+    # A module shared by all layers (a position bias) does not identify any of them.
+    only_here = graph.modules_only_in(item.region)
     path = common_path([m for m in matrices if m in only_here] or matrices)
     if not path:
         return matrices[0] if item.call.owner == "" else item.call.owner
@@ -34,7 +34,7 @@ def home_of(graph: Graph, item: Candidate) -> str:
 
 
 def unique_names(graph: Graph, found: Sequence[Candidate], homes: Sequence[str]) -> list[str]:
-    """Names in order; where one is taken twice the merging module's path, or a running number."""
+    """Unique names in order. A duplicate gets the merging module's path or a running number."""
     names = [home or item.call.name for item, home in zip(found, homes, strict=True)]
     count, taken = Counter(names), set(names)
     owners = Counter(item.call.owner for item in found)
@@ -50,7 +50,7 @@ def unique_names(graph: Graph, found: Sequence[Candidate], homes: Sequence[str])
 
 
 def merge_name(call: Merge) -> str:
-    """The module that merges, and the operation."""
+    """Path of the module that merges, and the operation."""
     name = call.name.split()[1].rpartition(".")[2] if call.name.startswith("marked ") else call.name
     return f"{call.owner} {name}" if call.owner else name
 
@@ -60,8 +60,8 @@ def fork_name(graph: Graph, fork: int, merges: Mapping[int | None, str]) -> str:
 
     Args:
         graph: the dataflow.
-        fork: index of its node.
-        merges: names of shortcuts by the node of their merge.
+        fork: node of the fork.
+        merges: node of a merge -> name of its shortcut.
     """
     while True:
         if graph.sources.get(fork) == "input" or graph.values[fork] in graph.streams:
@@ -82,7 +82,7 @@ def is_inside(path: str, parent: str) -> bool:
 
 
 def common_path(paths: Sequence[str]) -> str:
-    """The smallest module that holds all of these."""
+    """Path of the smallest module that holds all of ``paths``."""
     common = []
     for level in zip(*(path.split(".") for path in paths), strict=False):
         if len(set(level)) > 1:

@@ -1,7 +1,7 @@
-"""Which part of a tensor a node takes: steps of a sequence, chunks of channels, however they are cut out.
+"""The part of a tensor that a node takes: steps of a sequence, chunks of channels, by any chain of views.
 
-A part is given by ranges along axes of the whole. Views may be taken again at each step (``x[:, 1:][:, t]``,
-``x.transpose(0, 1)[t]``, ``x.unbind(1)[t]``): what counts is what they amount to.
+A part is given by ranges along axes of the whole tensor. So different views (``x[:, 1:][:, t]``,
+``x.transpose(0, 1)[t]``, ``x.unbind(1)[t]``) of the same elements give the same part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from skipscope.shortcuts.finding._kinds import SPLITS
 from skipscope.shortcuts.trace import Operand, Trace, TracedCall, Value
 
-# an axis of the whole; or of a view of it: the axes that were regrouped, their new sizes, and which
+# An axis of the whole tensor (its index), or an axis of a reshaped view: the regrouped axes, their new sizes,
+# and the index among these.
 Axis = Hashable
 
 
@@ -25,11 +26,11 @@ class Part:
     """A part of a tensor.
 
     Attributes:
-        axes: for each axis of the part which axis of the whole it runs along, and where; None where that is
-            not known.
-        limits: along which axes of the whole it is less than all of it, and its place; at most there, if
-            not all is known.
-        shape: of the part.
+        axes: for each axis of the part, the axis of the whole that it runs along, and the range there; None
+            if unknown.
+        limits: for each axis of the whole along which the part is limited, its range, or a range that
+            contains it if not all is known.
+        shape: shape of the part.
     """
 
     axes: tuple[tuple[Axis, range] | None, ...]
@@ -37,30 +38,32 @@ class Part:
     shape: tuple[int, ...]
 
     def overlaps(self, other: Part) -> bool:
-        """Whether the two may have something in common."""
+        """Whether two parts may have elements in common."""
         return all(
             mine[0] <= other.limits[axis][-1]
             and other.limits[axis][0] <= mine[-1]
-            and _meet(mine, other.limits[axis])
+            and _ranges_overlap(mine, other.limits[axis])
             for axis, mine in self.limits.items()
             if axis in other.limits
         )
 
     def axis_along(self, dim: int, least: int = 2) -> tuple[Axis, range] | None:
-        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that
-        alone, and not shorter than ``least``: a class token is none of several channels.
+        """The axis of the whole along which axis ``dim`` of the part runs, and its range there.
+
+        None if that is unknown, if the part is limited along another axis too, or if it is shorter than
+        ``least``: a class token is not one of several channels.
         """
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
         return axis if axis and set(self.limits) <= {axis[0]} and len(axis[1]) >= least else None
 
     def with_new_axis(self, dim: int) -> Part:
-        """The same with an axis of size one before another."""
+        """The same part with an axis of size one inserted before ``dim``."""
         return Part(
             (*self.axes[:dim], None, *self.axes[dim:]), self.limits, (*self.shape[:dim], 1, *self.shape[dim:])
         )
 
     def within(self, dim: int, where: slice | int) -> Part | None:
-        """What is left after taking some of one axis."""
+        """The part after indexing one axis. None if it is empty."""
         axis, keeps = self.axes[dim], isinstance(where, slice)
         name, run = axis or (None, range(self.shape[dim]))
         taken = run[where] if isinstance(where, slice) else run[where : where + 1]
@@ -76,20 +79,18 @@ class Part:
         )
 
 
-def _meet(one: range, other: range) -> bool:
+def _ranges_overlap(one: range, other: range) -> bool:
     short, long = sorted((one, other), key=len)
     return any(i in long for i in short[:64]) or len(short) > 64
 
 
 def whole(shape: tuple[int, ...]) -> Part:
-    """All of a tensor."""
+    """The part that is all of a tensor."""
     return Part(tuple((i, range(size)) for i, size in enumerate(shape)), {}, shape)
 
 
 def part_after(trace: Trace, value: int, before: Part) -> Part | None:
-    """The part that a value is, which was computed from a part alone; None where its call does not take
-    parts.
-    """
+    """The part that a value computed from the part ``before`` is. None if its call does not take parts."""
     made = trace.values[value]
     call = None if made.call is None else trace.calls[made.call]
     rule = None if call is None else _RULES.get(call.function)
@@ -97,7 +98,7 @@ def part_after(trace: Trace, value: int, before: Part) -> Part | None:
 
 
 def part_put(trace: Trace, call: TracedCall) -> Part | None:
-    """The part of a tensor into which a call puts another; None where it is not known, or all of it."""
+    """The part of a tensor into which a call writes another. None if it is unknown, or the whole tensor."""
     whole_of = call.joined[0] if call.whole is None else call.whole
     if whole_of is None:
         return None
@@ -113,14 +114,14 @@ def part_put(trace: Trace, call: TracedCall) -> Part | None:
         dim, start, end, step = (taking.argument(i + 1, name, default) for i, name, default in _SLICE)
         part = part.within(dim % len(part.shape), slice(start, end, step))
     elif call.function == "select_scatter":
-        part = _at(part, taking.argument(2, "dim") % len(part.shape), taking.argument(3, "index"))
+        part = _part_at_index(part, taking.argument(2, "dim") % len(part.shape), taking.argument(3, "index"))
     elif call.function != "copy":
         return None
     return part if part is not None and part.limits else None
 
 
 def _viewed_from(trace: Trace, value: int, part: Part) -> Part | None:
-    """Of the whole of a tensor, the part that a view of it is."""
+    """The part of a whole tensor that a view of it is. None if unknown."""
     views = []
     while trace.values[value].shape != part.shape or not views:
         made = trace.values[value].call
@@ -137,7 +138,7 @@ def _viewed_from(trace: Trace, value: int, part: Part) -> Part | None:
 
 
 def takes_everything(call: TracedCall, trace: Trace) -> bool:
-    """Whether what a call gives is all of its first operand: an alias, or a slice from end to end."""
+    """Whether a call returns all of its first operand: an alias, or a slice from end to end."""
     if call.function in {"detach", "alias", "data", "positive", "contiguous", "lift_fresh"}:
         return True
     if call.function not in {"getitem", "slice", "narrow"}:
@@ -149,7 +150,7 @@ def takes_everything(call: TracedCall, trace: Trace) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Taking:
-    """One call that may take a part of its first operand, and which of its results is asked for."""
+    """A call that may take a part of its first operand, and one of its results."""
 
     trace: Trace
     call: TracedCall
@@ -157,32 +158,32 @@ class _Taking:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """The shape of the result."""
         return self.value.shape
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument; a tensor of one integer as that integer."""
+        """An argument by position or keyword; a tensor of one known integer becomes that integer."""
         return self.plain(self.call.argument(position, name, default))
 
     def plain(self, argument: Any) -> Any:
-        """An argument, with a tensor of one integer as that integer, where its value is known."""
+        """Replace a tensor of one known integer by that integer; any other argument stays."""
         if isinstance(argument, Operand):
             value = self.trace.values[argument.value]
             return argument if value.number is None or value.shape else value.number
         return argument
 
     def many(self, position: int, name: str) -> tuple[int, ...]:
-        """Integers that come as one sequence or as arguments of their own."""
+        """Integers given either as one sequence or as separate arguments."""
         first = self.argument(position, name, ())
         return first if isinstance(first, tuple) else tuple(self.call.arguments[position:])
 
 
 def _select(taking: _Taking, before: Part) -> Part | None:
     dim, index = taking.argument(1, "dim"), taking.argument(2, "index")
-    return _at(before, dim % len(before.shape), index)
+    return _part_at_index(before, dim % len(before.shape), index)
 
 
-def _at(before: Part, dim: int, index: Any) -> Part | None:
+def _part_at_index(before: Part, dim: int, index: Any) -> Part | None:
     return before.within(dim, index % before.shape[dim]) if isinstance(index, int) else None
 
 
@@ -207,12 +208,13 @@ def _unbind(taking: _Taking, before: Part) -> Part | None:
 
 
 def _split(taking: _Taking, before: Part) -> Part | None:
-    """The place of a piece is known by the sizes of the pieces before it."""
+    """The part that one piece of a split is; the sizes of the earlier pieces give its place."""
     name = taking.call.function
     dim = taking.argument(2, "dim", 0) if name in {"split", "chunk", "tensor_split"} else _OWN_AXES[name]
     dim = (dim if name != "hsplit" or len(before.shape) > 1 else 0) % len(before.shape)
     sizes = [taking.trace.values[v].shape[dim] for v in taking.call.results]
-    if taking.call.inferred:  # of a view that is read again, only this piece is known
+    # The trace has no other pieces for an inferred call, so they are recomputed.
+    if taking.call.inferred:
         pieces = getattr(torch, name)(
             torch.empty(before.shape, device="meta"), *taking.call.arguments[1:], **taking.call.keywords
         )
@@ -231,7 +233,7 @@ def _index_select(taking: _Taking, before: Part) -> Part | None:
 
 
 def _single(taking: _Taking, before: Part, dim: int, index: Any) -> Part | None:
-    """One step that a tensor or a list of indices takes."""
+    """The part at a list or tensor of indices, if it holds a single index. None otherwise."""
     if isinstance(index, Operand):
         value = taking.trace.values[index.value]
         numbers, keeps = ([] if value.number is None else [value.number]), len(value.shape) == 1
@@ -244,13 +246,13 @@ def _single(taking: _Taking, before: Part, dim: int, index: Any) -> Part | None:
 
 
 def _getitem(taking: _Taking, before: Part) -> Part | None:
-    """``x[...]``: numbers, slices, new axes, and one list or tensor of indices."""
+    """The part that ``x[...]`` is: numbers, slices, new axes, and one list or tensor of indices."""
     part = _indexed(taking, before)
     return part if part is not None and part.shape == taking.shape else None
 
 
 def _indexed(taking: _Taking, before: Part) -> Part | None:
-    """The part of a tensor at the index that a call has."""
+    """The part of a tensor at the index among a call's arguments."""
     index = taking.call.arguments[1]
     items = list(index) if isinstance(index, tuple) and not _is_list(taking.call, index) else [index]
     taken = sum(item is not None and item is not Ellipsis for item in items)
@@ -270,7 +272,7 @@ def _indexed(taking: _Taking, before: Part) -> Part | None:
             return None
         else:
             is_list = not isinstance(item, int)
-            after = _single(taking, part, dim, item) if is_list else _at(part, dim, item)
+            after = _single(taking, part, dim, item) if is_list else _part_at_index(part, dim, item)
             lists += is_list
             if after is None or lists > 1:
                 return None
@@ -280,9 +282,7 @@ def _indexed(taking: _Taking, before: Part) -> Part | None:
 
 
 def _is_list(call: TracedCall, index: tuple[Any, ...]) -> bool:
-    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``; the trace has a tuple for
-    both.
-    """
+    """Whether an index was written as a list, ``x[[1]]``, not ``x[1,]``; the trace has a tuple for both."""
     return call.lists_index
 
 
@@ -296,7 +296,7 @@ def _permuted(order: Callable[[_Taking, int], Sequence[int]]) -> Callable[[_Taki
 
 
 def order_of(call: TracedCall, ndim: int) -> Sequence[int]:
-    """For each axis of what a transposition gives, which axis of its operand it is."""
+    """The axis order of a transposition: for each axis of its result, the axis of its operand."""
     if call.function == "permute":
         first = call.argument(1, "dims", ())
         return [d % ndim for d in (first if isinstance(first, tuple) else call.arguments[1:])]
@@ -338,9 +338,7 @@ def _same(taking: _Taking, before: Part) -> Part | None:
 
 
 def _viewed(taking: _Taking, before: Part) -> Part | None:
-    """Axes that keep their size are kept; what is merged or split has a name made of theirs, if it was
-    whole.
-    """
+    """Map axes through a reshape: unchanged axes stay, regrouped axes that were whole get a combined name."""
     shape, new = before.shape, taking.shape
     if 0 in new or prod(new) != prod(shape):
         return None
@@ -352,17 +350,17 @@ def _viewed(taking: _Taking, before: Part) -> Part | None:
         ]:
             axes += [olds[0] if size > 1 else None for size in new_sizes]
             continue
-        is_integer = all(axis is not None and axis[0] not in before.limits for axis in olds)
+        are_whole = all(axis is not None and axis[0] not in before.limits for axis in olds)
         name = tuple(axis[0] for axis in olds if axis is not None)
         axes += [
-            ((name, new_sizes, k), range(size)) if is_integer and olds and size > 1 else None
+            ((name, new_sizes, k), range(size)) if are_whole and olds and size > 1 else None
             for k, size in enumerate(new_sizes)
         ]
     return Part(tuple(axes), before.limits, new)
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-    """Axes of an old shape and sizes of a new one that hold the same elements, as few together as can be."""
+    """Match axes of an old shape with sizes of a new shape that hold the same elements, in minimal groups."""
     i = j = 0
     while i < len(old) or j < len(new):
         olds, news = [i] if i < len(old) else [], [new[j]] if j < len(new) else []
@@ -410,10 +408,10 @@ _RULES: dict[str, Callable[[_Taking, Part], Part | None]] = {
 
 
 class Cuts:
-    """What is cut out of one tensor, and what is computed from that, found again by the part.
+    """The parts cut out of one tensor, and the nodes computed from them, indexed by part.
 
     Attributes:
-        parts: of each node that is a part of the tensor, which; the tensor itself among them.
+        parts: node -> the part of the tensor that it is, including the tensor itself.
     """
 
     def __init__(self):
@@ -430,7 +428,7 @@ class Cuts:
             self._by_step.setdefault(step[0], {}).setdefault(step[1], []).append((node, part))
 
     def overlapping(self, parts: list[Part]) -> list[int]:
-        """The nodes that were computed from what any of some parts has."""
+        """The nodes computed from a part that overlaps any of ``parts``."""
         found: dict[int, None] = {}
         for part in parts:
             for node, other in self._candidates(part):

@@ -1,8 +1,7 @@
-"""Parts that one linear map makes together: every chunk of ``linear(x)`` is made of all of x.
+"""Parts of the result of one linear map: every chunk of ``linear(x)`` along the features depends on all of x.
 
-Only an axis that comes from the weight is such an axis: the features of ``linear``, the channels of a
-convolution. Along any other axis each part of the product is made of the same part of x, as steps of a
-sequence are.
+This holds for axes that come from the weight: the features of ``linear``, the channels of a convolution.
+Along any other axis, as the steps of a sequence, a part of the result depends on the same part of x.
 """
 
 from __future__ import annotations
@@ -15,28 +14,29 @@ from skipscope.shortcuts.finding._kinds import CONVOLUTION, LINEAR, MATRIX_PRODU
 from skipscope.shortcuts.finding._parts import Axis, Part, part_after, whole
 from skipscope.shortcuts.trace import TracedCall
 
-# What takes a part of a tensor, beside splits.
+# Operations other than splits that take a part of a tensor.
 _CUTS = frozenset({"getitem", "select", "slice", "narrow", "index_select"})
-# Where a convolution has its number of groups.
+# The position of a convolution's number of groups among its arguments.
 _GROUPS = {"convolution": 8, "_convolution": 8}
-# Of a matrix product, which axis of the result comes from the second factor, and which from the first.
+# The axis of a matrix product's result that comes from its second factor, and that from its first.
 _FROM_SECOND, _FROM_FIRST = -1, -2
 
 
 _MAPS = LINEAR | NORM | WHOLE
+_NORM_STEPS = NORM | WHOLE | {"mul", "div"}
 
 
 def mapped_from(graph: Graph, node: int, parts: Sequence[Part]) -> tuple[int, int] | None:
-    """What a node is a linear map of, where parts of the node are made by all of that map.
+    """Find the operand x of a linear map whose result is cut into parts that each depend on all of x.
 
     Args:
         graph: the dataflow.
-        node: what is taken apart: a linear map of x, seen through views and norms.
-        parts: of the node.
+        node: the node that is cut: a linear map of x, seen through views and norms.
+        parts: parts of the node.
 
     Returns:
-        The node x, and the set of the map's own nodes; None where it is no such map, or a part is made of a
-        part of x.
+        The node x, and the set of the map's own nodes. None if it is not such a map, or a part depends on a
+        part of x only.
     """
     region, after, at = 1 << node, [], node
     while (x := _operand(graph, at)) is None:
@@ -59,10 +59,11 @@ def mapped_from(graph: Graph, node: int, parts: Sequence[Part]) -> tuple[int, in
 
 
 def before_map(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
-    """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.
+    """The operand of the linear map that computes ``node``, if ``end`` also depends on it by another path.
 
     Returns:
-        That operand, and the set of the map's nodes; None where ``node`` is no linear map, nor a part of one.
+        That operand, and the set of the map's nodes. None if ``node`` is neither such a linear map nor a part
+        of one.
     """
     at, region, has_matrix = node, 0, False
     while graph.kind(at) in _MAPS and len(graph.active_parents(at)) == 1:
@@ -75,8 +76,33 @@ def before_map(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
     return _before_parting(graph, node, at, end)
 
 
+def before_norm(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
+    """The input x of the norm that ends at ``node``, if a branch from x to ``end`` holds weights.
+
+    Returns:
+        The node x, and the set of the norm's nodes. None if ``node`` is not a norm, or no such branch begins
+        at x.
+    """
+    at, region, is_norm = node, 0, False
+    while (above := graph.normed_at(at)) is not None or (above := _before_step(graph, at)) is not None:
+        is_norm = is_norm or graph.kind(at) not in WHOLE
+        region |= graph.inside_of(above, at)
+        at = above
+        others = [c for c in graph.children[at] if not region >> c & 1 and graph.ancestors.reaches(c, end)]
+        if is_norm and others and graph.has_weights(graph.between(others, end) & ~region):
+            return at, region
+    return None
+
+
+def _before_step(graph: Graph, at: int) -> int | None:
+    """The input of a norm with weights, constant factor, view or centring that computes a node, or None."""
+    parents = graph.active_parents(at)
+    is_step = graph.kind(at) in _NORM_STEPS and len(parents) == 1
+    return parents[0] if is_step else graph.centred_at(at)
+
+
 def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, int] | None:
-    """The same where ``node``, through ``at``, is a part of the map, and ``end`` takes other parts."""
+    """As ``before_map``, for a ``node`` that is a part of the map's result; ``end`` takes other parts."""
     while graph.kind(at) in WHOLE | SPLITS | _CUTS and len(graph.active_parents(at)) == 1:
         (at,) = graph.active_parents(at)
     parts = graph.parts_of(at)
@@ -92,7 +118,7 @@ def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, in
 
 
 def _operand(graph: Graph, node: int) -> int | None:
-    """What a node is a linear map of, by weights or by a matrix that is itself made of it."""
+    """The operand x of a linear map by weights, or by a matrix that is computed from x. None otherwise."""
     above = graph.active_parents(node)
     if len(above) == 1 and graph.kind(node) in LINEAR and graph.weights[node]:
         return above[0]
@@ -122,7 +148,7 @@ def _axes_from_weights(graph: Graph, node: int, x: int) -> Iterator[int]:
 
 
 def _labelled(graph: Graph, call: TracedCall, x: int, ndim: int) -> Iterator[int]:
-    """The axes of an ``einsum`` whose labels x does not have."""
+    """The axes of an ``einsum``'s result whose labels are not among those of x."""
     equation = call.arguments[0]
     if not isinstance(equation, str):
         return
@@ -137,7 +163,7 @@ def _labelled(graph: Graph, call: TracedCall, x: int, ndim: int) -> Iterator[int
 
 
 def _roots(axis: Axis) -> set[int]:
-    """The axes of a tensor from which an axis of a view of it comes."""
+    """The axes of a tensor from which an axis of a view was regrouped."""
     if isinstance(axis, int):
         return {axis}
     return set().union(*map(_roots, axis[0])) if isinstance(axis, tuple) else set()

@@ -1,7 +1,8 @@
-"""Tokens that are routed: some rows go through one block, by a mask, and all the others through another.
+"""Routed tokens: by a mask, some rows go through one block, and all other rows through another.
 
 ``y = where(m, A(x), x)`` and then ``where(~m, B(y), y)`` is ``where(m, A(x), B(x))``: two parallel branches.
-What the first call lets pass the second replaces, and what the second lets pass went through A.
+The rows that the first call keeps are replaced by the second, and the rows that the second keeps went
+through A.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.trace import Operand, TracedCall
 
 _NOT = frozenset({"invert", "bitwise_not", "logical_not"})
-# Each comparison by the one that says the contrary.
+# Each comparison and its complement.
 _CONTRARY = {"ne": "eq", "not_equal": "eq", "lt": "ge", "less": "ge", "gt": "le", "greater": "le"}
 _SAME = {"equal": "eq", "greater_equal": "ge", "less_equal": "le"}
 
 
 class Routes:
-    """Says whether what a masked call lets pass is a route of its own.
+    """Decides whether the rows that a masked call keeps are one of several parallel routes.
 
     Attributes:
         made: node of a merge's result -> the merge.
@@ -32,8 +33,9 @@ class Routes:
         self.graph, self.made = graph, made
 
     def are_parallel(self, call: Merge, i: int) -> bool:
-        """Whether operand i of a masked call, which it lets pass, is replaced by the next one, or went
-        through a block where the call before has put it.
+        """Whether the rows of operand i that a masked call keeps are one of several parallel routes.
+
+        The next masked call replaces them, or the previous masked call wrote them from a block with weights.
         """
         if self._is_one_of_many(call, i):
             return True
@@ -41,9 +43,9 @@ class Routes:
         return kept is not None and (self._is_replaced(call, kept) or self._is_routed(call, i, kept))
 
     def _is_one_of_many(self, call: Merge, i: int) -> bool:
-        """Whether this pass replaced all that operand i had at first.
+        """Whether a chain of masked calls replaced every element of operand i in this pass.
 
-        What other calls had put there before is a route of its own only where a block with weights made it.
+        The values written by earlier calls must all come from blocks with weights.
         """
         graph, routed, at = self.graph, call.traced.routed, call.output
         if routed is None or routed.operand != i or at is None:
@@ -57,7 +59,7 @@ class Routes:
         return all(v is not None and graph.has_weights(graph.inside_of(base, v)) for v in put)
 
     def _is_replaced(self, call: Merge, kept: tuple[Hashable, bool]) -> bool:
-        """Whether a later call keeps only the rest of the result, and all else that reads it goes there."""
+        """Whether a later call replaces the kept rows, and all other uses of the result lead to that call."""
         graph, at = self.graph, call.output
         if at is None or at >= graph.activations:
             return False
@@ -75,9 +77,7 @@ class Routes:
         return False
 
     def _is_routed(self, call: Merge, i: int, kept: tuple[Hashable, bool]) -> bool:
-        """Whether the call before has put the rows that operand i still has, and a block with weights made
-        them.
-        """
+        """Whether the previous masked call wrote the rows that operand i keeps, from a block with weights."""
         graph, before = self.graph, self.made.get(self._origin(call.operands[i]) or -1)
         if before is None:
             return False
@@ -88,7 +88,7 @@ class Routes:
         return False
 
     def _origin(self, node: int | None) -> int | None:
-        """The node of which one is all, in another shape or as a copy."""
+        """The node before views and copies of the whole tensor."""
         while node is not None and node < self.graph.activations and self.graph.kind(node) in WHOLE:
             if node in self.made:
                 break
@@ -96,7 +96,7 @@ class Routes:
         return node
 
     def _kept_where(self, call: Merge, i: int) -> tuple[Hashable, bool] | None:
-        """The condition under which a call lets operand i through, and whether it has to hold; or None."""
+        """The condition of the rows where a call keeps operand i, and whether it is true there; or None."""
         traced = call.traced
         if i > 1 or len(call.operands) != 2:
             return None
@@ -118,7 +118,7 @@ class Routes:
         return condition, holds == (first if i == 0 else not first)
 
     def _condition(self, value: int) -> tuple[Hashable, bool]:
-        """What a mask is made of, and whether it holds where that does: ``~m`` is m, and does not."""
+        """The condition a mask is computed from, and whether the two agree: ``~m`` gives m and False."""
         trace, holds, shape = self.graph.trace, True, self.graph.trace.values[value].shape
         while (at := trace.values[value].call) is not None:
             call = trace.calls[at]
@@ -135,6 +135,6 @@ class Routes:
         return (value, shape), holds
 
     def _is_view_of_all(self, call: TracedCall) -> bool:
-        """Whether a view has as many values as what it views, as ``m[:, None]`` has."""
+        """Whether a view has as many elements as its base, as ``m[:, None]`` has."""
         values = self.graph.trace.values
         return call.is_view and values[call.results[0]].numel == values[call.operands[0]].numel

@@ -29,20 +29,20 @@ from skipscope.shortcuts.trace import LentInputs, Trace, record
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
     """Find and name every shortcut in one forward pass.
 
-    Local, under DDP too. Collective where the forward pass is (FSDP2, tensor parallel): every rank calls it,
-    and each finds what the unsharded model has.
+    Local, under DDP too. Collective where the forward pass is (FSDP2, tensor parallel): every rank must call
+    it, and each finds the shortcuts of the unsharded model.
 
     Args:
-        model: any eager module (a compiled or DDP-wrapped one is run as the eager module inside); left as
-            found.
-        inputs: what it is called with: a tensor, a tuple (positional) or a Mapping (keywords).
+        model: any eager module, left unchanged; of a compiled or DDP-wrapped model, the eager module inside
+            is run.
+        inputs: its inputs: a tensor, a tuple (positional) or a Mapping (keywords).
 
     Returns:
         The shortcuts in order of execution; ``.rejected`` has every other merge with its reason.
 
     Raises:
-        SkipscopeError: the model or its inputs cannot be run; its parameters are flattened (FSDP1); or it is
-            sharded, and a rank has not called within a minute.
+        SkipscopeError: the model cannot be run on these inputs; its parameters are flattened (FSDP1); or it
+            is sharded, and a rank has not called within a minute.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
 
 
 def traced(model: nn.Module, inputs: Any) -> Trace:
-    """Trace one forward pass, on the meta device if the model is there; the inputs are left as they are."""
+    """Trace one forward pass, on the meta device if the model is there; the inputs stay unchanged."""
     lent = LentInputs()
     on_meta = any(parameter.is_meta for parameter in model.parameters())
 
@@ -75,7 +75,7 @@ def traced(model: nn.Module, inputs: Any) -> Trace:
 
 
 def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = None) -> Shortcuts:
-    """The shortcuts in a trace."""
+    """Read the shortcuts from a trace."""
     graph = Graph(trace, model, streams)
     judge = Judge(graph)
     verdicts = [(call, judge.verdict(call)) for call in graph.merges]
@@ -109,7 +109,7 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
 
 
 def _opaque(graph: Graph, model: nn.Module) -> tuple[Rejected, ...]:
-    """What could not be looked into."""
+    """The calls and inputs whose further use the trace cannot see."""
     return (
         *(Rejected(h.name, h.reason, h.source) for h in graph.trace.hidden),
         *_unseen_input(graph, model),
@@ -117,7 +117,7 @@ def _opaque(graph: Graph, model: nn.Module) -> tuple[Rejected, ...]:
 
 
 def _unseen_input(graph: Graph, model: nn.Module) -> Iterator[Rejected]:
-    """The input, where no call that was seen leads from it to the output: ids read as Python numbers."""
+    """Yield the input if no recorded call leads from it to the output: ids read as Python numbers."""
     has_weights = any(True for _ in model.parameters())
     if has_weights and graph.trace.inputs and graph.trace.outputs and not graph.activations:
         yield Rejected("input", UNSEEN_INPUT, "")
@@ -130,7 +130,7 @@ def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
 
 
 def _weights_used(trace: Trace) -> tuple[str, ...]:
-    """Paths of the modules of which a weight was used though they did not run, in order of use."""
+    """Paths of the modules that did not run although a weight of theirs was used, in order of use."""
     ran = {run.path for run in trace.runs}
     return tuple(
         dict.fromkeys(path for name in trace.parameters if (path := name.rpartition(".")[0]) not in ran)
@@ -159,18 +159,18 @@ def _rejected(
     for call, verdict in verdicts:
         if verdict is None or id(call) in merging:
             continue
-        # A loop puts the outputs of its steps into one tensor: that is one merge.
+        # A loop that writes the outputs of its steps into one tensor is one merge.
         if call.put is not None and call.traced.site in seen:
             continue
         seen.add(call.traced.site)
-        # Its branch was added to the shortcut before it.
+        # A candidate that is not in found was added to the branch of an earlier shortcut.
         reason = Reason.PARALLEL if isinstance(verdict, Candidate) else verdict
         reason = Reason.PART_OF_A_GATE if id(call) in parts else reason
         others.append(Rejected(merge_name(call), reason.value, call.source))
     return tuple(others)
 
 
-UNSEEN_INPUT = "no call of torch leads from it to the output: what is made of it cannot be seen"
+UNSEEN_INPUT = "no recorded torch call leads from it to the output, so its use cannot be seen"
 _NO_SUMS = frozenset(
     {
         "maximum",
@@ -191,7 +191,7 @@ _NO_SUMS = frozenset(
 
 
 def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
-    """The calls that join activations without adding them."""
+    """Yield the calls that join activations by an operation other than a sum."""
     for call in graph.trace.calls if graph.activations else ():
         nodes = (
             [graph.node_of(v) for v in call.operands] if call.function in _NO_SUMS and not call.joins else []
@@ -203,15 +203,15 @@ def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
 def _with_addends(
     judge: Judge, verdicts: Sequence[tuple[Merge, Candidate | Reason | None]]
 ) -> list[Candidate]:
-    """The shortcuts; what is added to a sum later, computed from the same x, is of its branch."""
+    """The shortcuts, each with later addends computed from the same x included in its branch."""
     found: list[Candidate] = []
-    last: dict[int, int] = {}  # by the node of a sum, its shortcut
+    last: dict[int, int] = {}  # node of a sum -> index of its shortcut in found
 
     def sum_at(node: int) -> Candidate | None:
         return found[last[node]] if node in last else None
 
     for call, verdict in verdicts:
-        # What updates another part of a sum may share its branch with the first, and then looks like a
+        # An update of another part of a sum may share the branch of the first update, and then looks like a
         # shortcut of its own.
         may_add = verdict is Reason.PARALLEL or (verdict is not None and call.whole is not None)
         if may_add and (more := judge.gates.with_addend(call, sum_at)) is not None:
@@ -276,5 +276,5 @@ def _blocked(item: Candidate) -> str | None:
             " instead"
         )
     if item.mixture is not None and not item.mixture.alone:
-        return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"
+        return "the stack has another use besides the sum, such as its weights: write w * x + v * F"
     return None

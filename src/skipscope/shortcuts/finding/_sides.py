@@ -1,9 +1,9 @@
-"""What the operands of one merge are: who bypasses whom, from which fork, and through what.
+"""The role of each operand of a merge: whether it bypasses the others, from which fork, through which nodes.
 
-For operand i, what the other operands also depend on is common; the rest of its ancestors is *its own
-region*. A bypassing operand reaches the common part through its own region without weights, or with a single
-linear one. The fork is where its path enters the common part: the nearest ancestor on which the branch
-depends.
+For operand i, the *common* nodes are its ancestors on which the other operands depend too; its other
+ancestors are *its own region*. Through its own region a bypassing operand reaches the common nodes without
+weights, or with a single linear map. The fork is where its path enters the common nodes: the nearest ancestor
+on which the branch depends.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from skipscope.shortcuts.finding._products import before_map
 from skipscope.shortcuts.trace import Operand
 
 _STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR | TRANSFORMS, PRODUCT | LINEAR
-# What lets one of several values through: as an addend it carries x, as a factor it is bent.
+# Operations that select one of several values: an addend still carries x, a factor is nonlinear ("bent").
 _SELECTING = MAX_POOLS | {"max", "min", "amax", "amin"}
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1, 2)}
 
 
 def factors_of(call: Merge) -> tuple[int, ...]:
-    """Which operands a call multiplies with each other before it adds."""
+    """The operands that a call multiplies with each other before it adds."""
     return _FACTORS.get(call.name, ())
 
 
 def signs_of(call: Merge) -> tuple[int, ...]:
-    """The sign that each operand of a sum comes out with."""
+    """The sign of each operand in a sum."""
     scale = call.traced.keywords.get("alpha", call.traced.keywords.get("value", 1))
     sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
     if call.name == "rsub":
@@ -65,22 +65,22 @@ def is_scaled(call: Merge, i: int) -> bool:
 _SCALED = {("add", 1), ("sub", 1), ("rsub", 0)}
 
 
-# What an operand is, seen from its merge: the kinds of shortcut, several linear maps, a branch, or bent
-# without weights.
+# The role of an operand in its merge: a kind of shortcut, several linear maps, a branch, or bent (nonlinear,
+# without weights).
 Role = Literal["identity", "scaled", "projection", "gated", "linear maps", "branch", "bent"]
 
 
 class Side(NamedTuple):
-    """One operand as seen from its merge.
+    """One operand of a merge, and its role there.
 
     Attributes:
-        fork: index of the fork's node, or None where no common ancestor is bypassed.
-        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several, and nothing bent
-            between them; ``branch``; or ``bent``: weightless, not linear.
+        fork: node of the fork, or None if the operand has no common ancestor with the others.
+        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several in sequence,
+            without a nonlinearity between them; ``branch``; or ``bent``: nonlinear, without weights.
         region: bit set of the operand's own nodes.
         products: the products in between, the nearest to the fork first.
-        is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
-        carry: of a linear map times a gate, the node that the gate multiplies.
+        is_sum: whether it also comes from other common nodes that depend on the fork, as in x + F(x).
+        carry: for a linear map times a gate, the node that the gate multiplies.
     """
 
     fork: int | None
@@ -95,8 +95,8 @@ class Sides:
     """Reads the operands of one merge in a graph.
 
     Attributes:
-        active: which operands are activations.
-        factors: which operands are multiplied with each other inside the call, before they are added.
+        active: numbers of the operands that are activations.
+        factors: numbers of the operands that the call multiplies with each other before it adds.
     """
 
     def __init__(self, graph: Graph, call: Merge):
@@ -106,21 +106,20 @@ class Sides:
         self.factors = factors_of(call)
 
     def read(self) -> dict[int, Side]:
-        """Each activation operand's side."""
+        """The side of each operand that is an activation."""
         return {
             i: self._multiplied(i, self._side(i, common))
             for i, common in zip(self.active, self._common(), strict=True)
         }
 
     def gated_maps(self) -> dict[int, Side]:
-        """Each operand that is a linear map times a gate, as in t H + (1 - t) W x, from where the map
-        begins.
-        """
+        """Find operands that are a linear map times a gate, t H + (1 - t) W x, with the fork at x."""
         found = {}
         for i, common in zip(self.active, self._common(), strict=True):
             for carry, product in self.gatings(i):
                 own = self.graph.ancestors[carry] & ~common
-                if not own:  # the gate, or what it multiplies on the other side, depends on it
+                # All of carry is common: the gate, or the operand on the other side, depends on it.
+                if not own:
                     before = self._before_map(carry, i)
                     if before is not None:
                         region = before[1] | self.graph.ancestors[self.position(i)] & ~common
@@ -135,12 +134,12 @@ class Sides:
         return found
 
     def _before_map(self, carry: int, i: int) -> tuple[int, int] | None:
-        """Where the linear map begins that a node is, seen from another operand than i."""
+        """The operand and the nodes of the map that computes ``carry``, if another operand uses it too."""
         ends = (self.position(j) for j in self.active if self._are_added(i, j))
         return next(filter(None, (before_map(self.graph, carry, end) for end in ends)), None)
 
     def gatings(self, i: int) -> list[tuple[int, int]]:
-        """Where operand i is what a gate multiplies: that, and the product."""
+        """The pairs (node that a gate multiplies, product) at operand i; [] if it is not gated."""
         graph, at = self.graph, self.position(i)
         if i in self.factors:
             rest = [self.position(j) for j in self.factors if j in self.active and j != i]
@@ -151,7 +150,7 @@ class Sides:
         return [(a, at) for a, b in permutations(both) if self._is_gate(b)] if len(both) == 2 else []
 
     def carried(self, side: Side) -> int:
-        """The set of a gated side's own nodes that lead to what its gate multiplies, or empty."""
+        """The set of a gated side's own nodes that lead to the node its gate multiplies; may be empty."""
         for product in side.products:
             both = self.graph.active_parents(product)
             for carry, gate in permutations(both) if len(both) == 2 else ():
@@ -160,7 +159,7 @@ class Sides:
         return 0
 
     def _is_gate(self, gate: int) -> bool:
-        """Whether a node is a sigmoid or a softmax, scaled or taken from 1 at most, or a part of one."""
+        """Whether a node is a sigmoid or softmax, possibly scaled, subtracted from 1 or sliced."""
         graph = self.graph
         while graph.kind(gate) not in GATES:
             above = graph.active_parents(gate)
@@ -170,9 +169,9 @@ class Sides:
         return True
 
     def carries_whole(self, fork: int | None) -> bool:
-        """Whether all of the tensor a part of which the call updates leads to ``fork``, without weights.
+        """Whether the whole tensor, of which the call updates a part, leads back to ``fork`` without weights.
 
-        With None: whether it was made by one operation, and not put together slice by slice.
+        With None: whether one operation computed it, and not a series of writes to slices.
         """
         graph, at = self.graph, self.call.whole
         if at is None or at >= graph.activations:
@@ -185,15 +184,15 @@ class Sides:
         return walk.weightless(at) == {fork} and not walk.mixed
 
     def position(self, i: int) -> int:
-        """Index of an activation operand's node."""
+        """The node of an operand that is an activation."""
         at = self.at[i]
         assert at is not None
         return at
 
     def _multiplied(self, i: int, side: Side) -> Side:
-        """The side with what the call itself does to it: x in ``addcmul(y, x, t)`` is gated by t.
+        """The side after the products inside the call: x in ``addcmul(y, x, t)`` is gated by t.
 
-        What it divides by, and the weight of ``lerp``, are no sides.
+        A denominator and the weight of ``lerp`` count as bent.
         """
         is_weight = self.call.name == "lerp" and i == 2
         if not (i in self.factors or is_weight) or side.how in {"branch", "bent"}:
@@ -211,7 +210,7 @@ class Sides:
         return Side(side.fork, how, side.region, side.products)
 
     def _common(self) -> list[int]:
-        """For each operand what the others depend on (not those that it is multiplied with in the call)."""
+        """For each operand, the ancestors of the other operands, except its factors inside the call."""
         every = [self.graph.ancestors[self.position(i)] for i in self.active]
         if len(every) == 2 and not self.factors:
             return every[::-1]
@@ -246,8 +245,8 @@ class Sides:
             if walk.is_bent(at):
                 return Side(fork, "branch" if graph.matrices_in(own, enough=1) else "bent", own)
             if own & graph.of_kinds(TRANSFORMS) and graph.has_weights(own):
-                return Side(fork, "branch", own)  # a product of spectra is a convolution
-            how = "gated" if walk.gate else "scaled" if walk.products else "identity"
+                return Side(fork, "branch", own)  # a product of spectra with weights is a convolution
+            how = "gated" if walk.gate else "scaled" if walk.products or walk.normed else "identity"
             return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
         fork = walk.nearest(graph.entries(own, common))
         if fork is not None and self._is_linear(fork, own):
@@ -257,9 +256,10 @@ class Sides:
         return Side(fork, "branch", own)
 
     def _carried(self, rivals: list[int], i: int) -> frozenset[int]:
-        """Of nodes of separate inputs that are multiplied, a mask and x, the one that the branch's weights
-        are applied to; the larger where they are to both. Parts of one activation that multiply each other
-        are no gate and x.
+        """Among separate inputs that are multiplied (a mask and x), find the input of the branch's weights.
+
+        If the weights apply to both, take the larger. Empty for parts of one activation that multiply each
+        other, which are not a gate and x.
         """
         graph, ends = self.graph, [self.position(j) for j in self.active if self._are_added(i, j)]
         above = [graph.ancestors[c] for c in rivals]
@@ -282,7 +282,7 @@ class Sides:
         return touched[end]
 
     def _is_linear(self, fork: int, own: int) -> bool:
-        """No bent operation and no product of activations between fork and operand."""
+        """Whether there is no nonlinearity and no product of activations between fork and operand."""
         graph, reaches = self.graph, self.graph.ancestors.reaches
         if any(reaches(fork, v) for v in bits(own & ~graph.of_kinds(_STRAIGHT))):
             return False
@@ -290,34 +290,33 @@ class Sides:
         return not any(reaches(fork, v) and len(graph.active_parents(v)) > 1 for v in pairing)
 
 
-# A step of a walk asks for what earlier nodes reach, and ends with what its own node does.
+# A step of a walk yields earlier nodes, is sent the common nodes that these reach, and returns those that its
+# own node reaches.
 _Steps = Generator[int, Any, frozenset[int]]
 
 
 class _Walk:
-    """Back from an operand to the common part, without passing a weight."""
+    """A backward walk from an operand to the common nodes that stops at weights."""
 
     def __init__(self, graph: Graph, common: int):
         self.graph, self.common = graph, common
         self.products: list[int] = []
-        self.gate = self.mixed = self.has_rivals = False
+        self.gate = self.mixed = self.has_rivals = self.normed = False
         self._seen: dict[int, frozenset[int]] = {}
         self._bent: set[int] = set()
-        # Where only the largest or the smallest values come through: no linear map, though each is a value of
-        # x.
+        # Nodes that depend on only the largest or smallest values of x. A selection is not a linear map.
         self._selected: set[int] = set()
 
     def is_bent(self, v: int) -> bool:
-        """Whether the way back from a node, which has been walked, passes something that is not linear."""
+        """Whether the walk from ``v``, which must be finished, passed a nonlinear operation."""
         return v in self._bent
 
     def weightless(self, v: int) -> frozenset[int]:
-        """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is
-        met.
-        """
+        """The common nodes that ``v`` depends on without weights; empty if a weight enters on the way."""
         if self.graph.weights[v] and not self.common >> v & 1 and self.graph.kind(v) not in PRODUCT:
             return frozenset()
-        waiting = [(v, self._step(v))]  # in place of recursion: a way back may have thousands of steps
+        # An explicit stack instead of recursion: a walk may have thousands of steps.
+        waiting = [(v, self._step(v))]
         answer: frozenset[int] | None = None
         while waiting:
             at, step = waiting[-1]
@@ -337,6 +336,8 @@ class _Walk:
         if self.common >> v & 1:
             return frozenset([v])
         kind, parents = graph.kind(v), graph.active_parents(v)
+        if (x := graph.normed_at(v)) is not None:
+            kind, parents = "normalize", [x]
         if kind in PRODUCT:
             return (yield from self._through_product(v, kind, parents))
         if graph.weights[v] or not parents:
@@ -346,8 +347,9 @@ class _Walk:
             reached.append((yield parent))
             if not reached[-1]:
                 return frozenset()
-        # A convolution with constants, as a blur is, is linear.
-        is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION and len(parents) == 1)
+        # A convolution with a constant kernel (a blur) is linear. A norm counts as a scaling.
+        is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION | NORM and len(parents) == 1)
+        self.normed = self.normed or kind in NORM
         if not is_linear or self._chooses_by_sign(v, kind) or any(parent in self._bent for parent in parents):
             self._bent.add(v)
         if kind in _SELECTING or any(parent in self._selected for parent in parents):
@@ -365,22 +367,21 @@ class _Walk:
         if not entered:
             return frozenset()
         if len(parents) > 1:
-            # One factor carries, the other is a gate, bent or not. Where both lead to the common part the
-            # gate is the one that depends on the other; where neither does, as in attention's scores, it is
-            # no gate.
+            # One factor carries x, the other is a gate, linear or not. If both lead to the common nodes, the
+            # gate depends on the other factor. If neither depends on the other, as in attention scores, the
+            # product is not gated.
             self.gate = True
             first = self.first(entered)
             if kind in MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
-                # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams
-                # so.
+                # x times a matrix computed from the data by weights, as in dynamic hyper-connections.
                 self.mixed = True
                 return frozenset(first) if len(first) == 1 else frozenset()
             if kind not in ELEMENTWISE:
                 return frozenset()
             self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
-        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and
-        # neither does x times a function of x without weights, or what a branch is divided by.
+        # A gate may be nonlinear. But a nonlinear function that multiplies only a branch, std(x) F(x), does
+        # not carry x. Neither does x times a weightless function of x, nor a denominator.
         carrying = [parent for parent in parents if reached[parent] & entered]
         bending = self._bent | self._selected if len(parents) > 1 else self._bent
         if all(p in bending or p == self._denominator(v, kind) for p in carrying) or (
@@ -393,7 +394,7 @@ class _Walk:
         return entered
 
     def _chooses_by_sign(self, v: int, kind: str) -> bool:
-        """Whether values are chosen one by one by a comparison, as in a ReLU: ``where(x > 0, x, 0)``."""
+        """Whether a comparison selects elements one by one, as in a ReLU: ``where(x > 0, x, 0)``."""
         call = self.graph.call_at(v) if kind in {"where", "masked_fill"} else None
         masks = [self.graph.trace.values[o] for o in call.operands] if call is not None else []
         for mask in masks:
@@ -403,33 +404,23 @@ class _Walk:
         return False
 
     def _denominator(self, v: int, kind: str) -> int | None:
-        """What a division divides by, where that is an activation."""
+        """The node of a division's denominator, or None if that is not a node."""
         call = self.graph.call_at(v)
         other = None if call is None or kind != "div" else call.argument(1, "other")
         return self.graph.node_of(other.value) if isinstance(other, Operand) else None
 
     def _is_function(self, v: int, factors: list[int], x: int) -> bool:
         """Whether a product multiplies ``x`` by a nonlinear function of all of it, or two functions of it."""
-        alone = [p for p in factors if self._is_of(p, x)]
+        alone = [p for p in factors if self.graph.is_function(p, x)]
         bending = self._bent | self._selected | {self._denominator(v, "div")}
         return len(set(factors)) < len(factors) or len(alone) == len(factors) or bool(bending & set(alone))
 
-    def _is_of(self, parent: int, x: int) -> bool:
-        """Whether a node is a function of all of ``x``, and of nothing else."""
-        graph, region = self.graph, self.graph.inside_of(x, parent)
-        if any(part.limits for part in graph.parts_taken(x, region)):
-            return False
-        above = (p for v in bits(region) for p in graph.parents[v])
-        return all(p == x or (p < graph.activations and region >> p & 1) for p in above)
-
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
-        """Those that depend on none of the others."""
+        """The candidates that depend on none of the others."""
         reaches = self.graph.ancestors.reaches
         return [c for c in candidates if not any(d != c and reaches(d, c) for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
-        """Of several common nodes the one that the others depend on; the last in order if they are
-        unrelated.
-        """
+        """The candidate that the others depend on; of several unrelated candidates the last in order."""
         first = self.first(candidates)
         return max(first) if first else None

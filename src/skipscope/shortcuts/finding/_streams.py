@@ -1,8 +1,8 @@
 """Streams that begin in weights and not in the data: a decoder's learned queries, a resampler's latents.
 
-In q + F(q, data) the first q depends on no data, and is no activation as such. It is one all the same where
-the sum continues as a stream, that is, where a later shortcut begins at it: so a position embedding that is
-added again in every layer, whose sum is read by the branch alone, is excluded.
+In q + F(q, data) the first q depends on no data, so it is not an activation by itself. It still counts as an
+activation if the sum continues as a stream, that is, if a later shortcut forks at it. This excludes a
+position embedding that is added again in every layer, whose sum only the branch reads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ _CARRYING = WHOLE | NORM | DROPOUT
 def learned_streams(
     graph: Graph, verdicts: Iterable[tuple[Merge, Candidate | Reason | None]]
 ) -> dict[int, str]:
-    """The values where such streams meet what was made from them and the data, each with the module it
-    comes from.
-    """
+    """Find learned streams that merge with the data: value where each begins -> module it comes from."""
     verdicts = list(verdicts)
     forks = {fork for _, verdict in verdicts if isinstance(verdict, Candidate) for fork in verdict.forks}
     sums = {
@@ -49,11 +47,11 @@ def learned_streams(
 
 
 def _root(graph: Graph, at: int, sums: Mapping[int, Merge]) -> int:
-    """Where a stream that node ``at`` carries begins: past the sums that no data has reached yet."""
+    """The node where the stream that ``at`` carries begins, before all sums that depend on no data."""
     while True:
         back = at
         while back not in sums and graph.kind(back) in _CARRYING and graph.parents[back]:
-            back = graph.parents[back][0]  # of a norm, what it norms
+            back = graph.parents[back][0]  # the first parent of a norm is its input
         if back not in sums:
             return at
         one, two = (node for node in sums[back].operands if node is not None)
@@ -64,9 +62,9 @@ def _root(graph: Graph, at: int, sums: Mapping[int, Merge]) -> int:
 
 
 def _is_table(graph: Graph, node: int) -> bool:
-    """Whether it is more than a vector: tokens, each with its features, also in a batch of one.
+    """Whether a node holds tokens with features, possibly in a batch of one, and not a mere vector.
 
-    A single token is (batch, 1, features), or a vector that is repeated for each sample.
+    A single token has shape (batch, 1, features), or is a vector that is repeated for each sample.
     """
     shape = graph.shape(node)
     if sum(size > 1 for size in shape) > 1 or (len(shape) > 2 and shape[-1] > 1):
@@ -77,7 +75,7 @@ def _is_table(graph: Graph, node: int) -> bool:
 
 
 def _carried(graph: Graph, at: int, forks: set[int]) -> bool:
-    """Whether a later shortcut begins at node ``at``, or at a norm of it."""
+    """Whether a later shortcut forks at node ``at``, or at a view or norm of it."""
     waiting, seen = [at], {at}
     while waiting:
         at = waiting.pop()

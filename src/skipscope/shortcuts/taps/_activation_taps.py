@@ -1,7 +1,7 @@
-"""Taps: read and replace activations as a forward pass produces them; the model itself is left alone.
+"""Taps: read and replace activations during a forward pass without changing the model.
 
-A tap is a function mode that handles the calls whose keys :func:`find_shortcuts` returned. On an edited twin
-it sees each edited call once, with the edited operands.
+A tap is a ``TorchFunctionMode`` that handles the calls whose keys :func:`find_shortcuts` returned. On an
+edited twin it sees each edited call once, with the edited operands.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from skipscope.shortcuts.trace import _call_sites, _operations
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """A merge as it happens.
+    """A merge during a forward pass.
 
     Attributes:
-        name: of its shortcut.
-        operands: the tensors that go in, connected to autograd's graph; for a call that writes into its first
-            operand these are the values before. For a gate where one operand carries both sides, as in x + t
-            (H - x), they are those of t H + (1 - t) x.
-        sides: of each operand.
-        output: computed from the operands.
-        recompute: the same from other operands, never in place.
-        later: it only adds to the branch of a shortcut that has merged before: b in (x + a) + b.
+        name: name of its shortcut.
+        operands: its operands, connected to autograd's graph; for an in-place call, their values before it.
+            For a gate where one operand carries both sides, as in x + t (H - x), the two summands of
+            t H + (1 - t) x.
+        sides: side of each operand.
+        output: its result, computed from the operands.
+        recompute: function that computes the result from other operands, never in place.
+        later: whether it only adds to the branch of a shortcut that has merged before, as b in (x + a) + b.
+        is_sum: whether it is a sum of two tensors without further arguments.
     """
 
     name: str
@@ -59,7 +60,7 @@ Handler = Callable[[Call], Any]
 
 
 class _Tap(TorchFunctionMode):
-    """Calls a handler at each call with a key of its own, and follows open gates between them."""
+    """Runs a handler at each call with a given key, and follows gates until their merge."""
 
     def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]):
         super().__init__()
@@ -96,7 +97,8 @@ class _Tap(TorchFunctionMode):
         if _call_sites.site_of(frame, label) not in self.keyed:
             return None
         if call.operation is not None:
-            with without_modes():  # a recorder around need not see what is only asked
+            # A recorder around the tap must not record these queries.
+            with without_modes():
                 if _operations.tensor_operands(_values(call)) < 2:
                     return None
         return self.handlers.get(self.sites.occurrence(frame, label))
@@ -109,7 +111,7 @@ def _running(
     gates: dict[int, GateSides],
     modules: dict[CallKey, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Run handlers at calls, and replace inputs of the model and outputs of modules."""
+    """Context that runs handlers at calls, and replaces inputs of the model and outputs of modules."""
     tap, runs = _Tap(model, handlers, gates), Counter[str]()
 
     def reset(*_: Any) -> None:
@@ -143,7 +145,7 @@ def _at_input(which: int, replace: Callable[[Tensor], Tensor]) -> Callable[..., 
 
 
 def _replace_float(nest: Any, which: int, replace: Callable[[Tensor], Tensor]) -> Any:
-    """The nest with one of its float tensors replaced."""
+    """A nested structure with its float tensor number ``which`` replaced."""
     count = itertools.count()
 
     def one(tensor: Tensor) -> Tensor:
@@ -154,13 +156,13 @@ def _replace_float(nest: Any, which: int, replace: Callable[[Tensor], Tensor]) -
 
 @contextmanager
 def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge], Tensor]) -> Iterator[None]:
-    """Handle the merge of each shortcut as it happens.
+    """Context that calls ``touch`` at the merge of each shortcut.
 
     Args:
-        model: the model that ``found`` is of, or another instance or an edited twin of it.
+        model: the model on which ``found`` was found, or another instance or an edited twin of it.
         found: its shortcuts.
         touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``, and again where more is
-            added to its branch; what it returns takes the place of the merge's output.
+            added to its branch; its result replaces the merge's output.
 
     Example:
         >>> import torch
@@ -190,7 +192,7 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
                 return _replace(call, touch(k, _merge(shortcut.name, shortcut.sides, call)))
             sides = gate_of(k).on_each_side(call, shortcut.key)
             del gates[k]
-            # As built too: a checkpoint around the gate counts what the call saves.
+            # Run the original call too: a checkpoint around the gate counts the tensors that it saves.
             call.pure(*call.args, **call.kwargs)
             return _replace(call, touch(k, _merge_of_sides(shortcut, sides)))
 
@@ -245,7 +247,8 @@ def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
     operation, values = call.operation, _values(call)
     assert operation is not None
     pure = call.pure
-    if operation.in_place:  # its value and its place in the graph are about to be overwritten
+    # An in-place call would overwrite the value and the grad_fn of its first operand, so copy it first.
+    if operation.in_place:
         pure = _operations.put_into(operation, call.func, values[0])
         values[0] = _operations.whole_of(operation, values[0]).clone()
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
@@ -263,30 +266,34 @@ def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
 
 
 def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> Merge:
-    """A gate as the sum of its branch and its shortcut."""
+    """A gate as a merge of its two summands, branch and shortcut."""
     operands = sides["branch"], sides["shortcut"]
     return Merge(
-        shortcut.name, operands, ("branch", "shortcut"), operands[0] + operands[1],
-        lambda sides: sides[0] + sides[1], is_sum=True,
-    )  # fmt: skip
+        shortcut.name,
+        operands,
+        ("branch", "shortcut"),
+        operands[0] + operands[1],
+        lambda sides: sides[0] + sides[1],
+        is_sum=True,
+    )
 
 
 def _replace(call: Call, output: Tensor) -> Tensor:
     if call.operation is None or not call.operation.in_place:
         return output
-    # Every alias of the first operand sees the new value, as built.
+    # Write into the first operand, so that its aliases see the new value as in the original call.
     return _operations.whole_of(call.operation, _values(call)[0]).copy_(output)
 
 
 @contextmanager
 def tap_boundaries(model: nn.Module, points: tuple[Boundary, ...], touch: Touch) -> Iterator[None]:
-    """Handle the activation at each boundary as it is produced.
+    """Context that calls ``touch`` with the activation at each boundary.
 
     Args:
-        model: the model that the points are of, or another instance or an edited twin of it.
-        points: from :func:`boundaries`.
-        touch: ``touch(i, activation) -> activation``: called as the activation of ``points[i]`` is produced;
-            what it returns takes its place downstream.
+        model: the model whose boundaries the points are, or another instance or an edited twin of it.
+        points: boundaries from :func:`boundaries`.
+        touch: ``touch(i, activation) -> activation``: called when the activation of ``points[i]`` is
+            computed; its result replaces the activation downstream.
     """
     gates: dict[int, GateSides] = {}
 

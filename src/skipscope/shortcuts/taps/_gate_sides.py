@@ -1,9 +1,8 @@
-"""The two summands of a gate, computed beside its calls.
+"""The two summands of a gate, computed by repeating its calls.
 
-For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore the
-shortcut's summand (1 - t) x, and with x = 0 the branch's, t H: the operands of t H + (1 - t) x, whatever the
-calls are. In x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one
-call.
+For fixed t a gate is linear in x and in H, in whatever form it is written. So its value with H = 0 is the
+shortcut's summand (1 - t) x, and with x = 0 the branch's summand t H. For x + t (H - x) the repeated calls
+are those from the difference to the addition; for ``lerp`` it is one call.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from skipscope.shortcuts.trace import _operations
 
 
 class Call(NamedTuple):
-    """A call that is about to be made.
+    """A torch call that was intercepted and not yet executed.
 
     Attributes:
-        operation: the operation that joins tensors, or None.
-        func: torch's function.
-        args: its arguments.
-        kwargs: the same by name.
+        operation: its operation if it joins tensors, or None.
+        func: the torch function.
+        args: positional arguments.
+        kwargs: keyword arguments.
     """
 
     operation: _operations.Operation | None
@@ -39,49 +38,49 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def make(self) -> Any:
-        """Make the call as built."""
+        """Execute the call unchanged."""
         return self.func(*self.args, **self.kwargs)
 
     @property
     def pure(self) -> Callable[..., Any]:
-        """The function that computes the same without writing into its first operand."""
+        """The equivalent function that does not write into its first operand."""
         return self.func if self.operation is None else _operations.out_of_place(self.operation, self.func)
 
 
 class GateSides:
-    """Follows the calls of one gate up to its merge, and makes each once more for each side.
+    """Follows the calls of one gate up to its merge, and repeats each of them for each side.
 
     Args:
-        zeros: for each side, the operands that are zero on it; without sides, calls are followed only.
+        zeros: for each side, the operands that are set to zero to compute its summand. Without sides, calls
+            are only followed.
 
     Attributes:
-        finish: computes what takes the place of the sum over stacked operands; None where the merge is no
-            such sum.
+        finish: function that replaces the sum over a stack, if the merge is such a sum; else None.
     """
 
     def __init__(self, zeros: Mapping[OperandSide, tuple[Place, ...]] | None = None):
         self.zeros = dict(zeros or {})
         self.finish: Callable[[Tensor], Tensor] | None = None
-        # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on
-        # each side.
+        # The id of a followed call's result -> that tensor and its value on each side of the gate. Holding
+        # the tensor keeps its id from being reused.
         self._made: dict[int, tuple[Tensor, dict[OperandSide, Tensor]]] = {}
 
     def touches(self, call: Call) -> bool:
-        """Whether a call takes what a followed call gave."""
+        """Whether a call takes the result of a followed call."""
         made = self._made
         return bool(made) and any(id(tensor) in made for tensor in tensors_in((call.args, call.kwargs)))
 
     def on_each_side(self, call: Call, key: CallKey | None = None) -> dict[OperandSide, Any]:
-        """What a call would give on each side; a random call draws the same numbers.
+        """The result of a call on each side; a random call draws the same numbers each time.
 
         Args:
-            call: what is about to be made.
-            key: of a call with operands that are zero on a side.
+            call: the call, not yet executed.
+            key: its key, if some of its operands are zero on a side.
         """
         operation, args, name = call.operation, call.args, getattr(call.func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
-            args = (args[0].clone(), *args[1:])  # it is about to be overwritten
+            args = (args[0].clone(), *args[1:])  # the call will overwrite it
         is_random = "dropout" in name or "bernoulli" in name
         results = {}
         for side, places in self.zeros.items():
@@ -91,7 +90,7 @@ class GateSides:
                 values = _operations.operands(operation, own_args, own_kwargs)
                 values = [torch.zeros_like(v) if i in empty else v for i, v in enumerate(values)]
                 own_args, own_kwargs = _operations.with_operands(operation, own_args, own_kwargs, values)
-            # A checkpoint around the gate counts what is saved: what is saved here is none of its own.
+            # A checkpoint around the gate counts saved tensors, and must not see those saved here.
             unsaved = saved_tensors_hooks(lambda t: t, lambda t: t)
             with unsaved, random_state_kept() if is_random else nullcontext():
                 results[side] = call.pure(*own_args, **own_kwargs)
@@ -102,18 +101,18 @@ class GateSides:
         return tensor if made is None else made[1][side]
 
     def follow(self, output: Any, on_each_side: Mapping[OperandSide, Any]) -> None:
-        """Note what a call gave, and what it would give on each side."""
+        """Store the results of a call, with their values on each side."""
         nested: dict[OperandSide, list[Tensor]] = {s: tensors_in(value) for s, value in on_each_side.items()}
         for i, tensor in enumerate(tensors_in(output)):
             self._made[id(tensor)] = tensor, {side: values[i] for side, values in nested.items()}
 
     def of(self, tensor: Tensor) -> dict[OperandSide, Tensor]:
-        """What was noted of a tensor that a followed call gave."""
+        """The value on each side of a tensor that a followed call returned."""
         return self._made[id(tensor)][1]
 
 
 def make_followed(gates: list[GateSides], call: Call, key: CallKey | None = None) -> Any:
-    """Make a call, and follow it in several gates."""
+    """Execute a call, and follow it in several gates."""
     sides = [gate.on_each_side(call, key) for gate in gates]
     output = call.make()
     for gate, on_each_side in zip(gates, sides, strict=True):

@@ -1,4 +1,4 @@
-"""One recorded trace of a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
+"""Record a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
 
 from skipscope.shortcuts.trace._argument_order import in_order as in_order
 from skipscope.shortcuts.trace._function_names import function_of as function_of

@@ -1,7 +1,7 @@
 """Stable identifiers for call sites, comparable across runs.
 
-The *key* of a call: the module whose forward makes it (host), the function, line and instruction (site), and
-how many times that host has been there (nth).
+The *key* of a call holds the module whose forward makes it (host), the function, line and columns of the code
+(site), and the number of earlier calls of that host at that site (nth).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _DISTRIBUTED = os.path.join(TORCH, "distributed") + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 PLUMBING = os.path.join(_MODULES, "module.py")
-# What runs between a call and a mode of ours.
-_ROOM = os.path.dirname(os.path.dirname(__file__))
-_OURS = tuple(os.path.join(_ROOM, name) + os.sep for name in ("trace", "taps", "twin"))
-# What runs around the methods of an edited module.
-_TWIN = os.path.join(_ROOM, "twin") + os.sep
+# Folders of the frames between a call and one of our modes.
+_SHORTCUTS_FOLDER = os.path.dirname(os.path.dirname(__file__))
+_OURS = tuple(os.path.join(_SHORTCUTS_FOLDER, name) + os.sep for name in ("trace", "taps", "twin"))
+# Folder of the frames around the methods of an edited module.
+_TWIN = os.path.join(_SHORTCUTS_FOLDER, "twin") + os.sep
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _COMPILED = os.path.join(TORCH, "_dynamo", "eval_frame.py")
 _is_plumbing: dict[str, bool] = {}
@@ -52,9 +52,7 @@ def caller() -> FrameType:
 
 
 def is_between_processes(frame: FrameType) -> bool:
-    """Whether a call that code in ``frame`` leads to is made by torch's code for tensors that are spread over
-    processes.
-    """
+    """Whether code of ``torch.distributed`` makes the current call, somewhere below ``frame``."""
     inner = sys._getframe(2)
     while inner is not frame and inner.f_back is not None:
         if inner.f_code.co_filename.startswith(_DISTRIBUTED):
@@ -67,11 +65,11 @@ _sites: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
 
 
 def site_of(frame: FrameType, operation: str) -> str:
-    """Function, line, columns and operation: two additions on one line are two sites."""
+    """Identifier of a call site: function, line, columns and operation. Two additions on one line differ."""
     code = frame.f_code
     known = _sites.get((id(code), frame.f_lasti, operation))
     if known is None:
-        # Not the instruction itself: Python's specialisation may give one call two instructions.
+        # The columns, not the instruction: Python's specialisation may give one call two instructions.
         line, _, begin, end = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
         where = f"{begin}-{end}" if begin is not None else str(frame.f_lasti)
         known = _sites[id(code), frame.f_lasti, operation] = (
@@ -85,7 +83,7 @@ _sources: dict[tuple[int, int], tuple[CodeType, str]] = {}
 
 
 def source_of(frame: FrameType) -> str:
-    """``file.py:line``."""
+    """The source location of a frame's current line, as ``file.py:line``."""
     code = frame.f_code
     known = _sources.get((id(code), frame.f_lasti))
     if known is None:
@@ -101,13 +99,13 @@ def first_argument(frame: FrameType) -> Any:
 
 
 def is_model_code(frame: FrameType) -> bool:
-    """Whether a frame is neither a module's call nor what runs around the methods of an edited module."""
+    """Whether a frame is neither ``Module.__call__`` nor our wrapper of an edited module's method."""
     filename = frame.f_code.co_filename
     return filename != PLUMBING and not filename.startswith(_TWIN)
 
 
 def is_forward(frame: FrameType) -> bool:
-    """Whether a frame of a module's method is its forward: by its name, or called by ``Module.__call__``."""
+    """Whether a frame of a module's method is its forward, by name or as called by ``Module.__call__``."""
     back = frame.f_back
     while back is not None and back.f_code.co_filename.startswith(_TWIN):
         back = back.f_back
@@ -117,7 +115,7 @@ def is_forward(frame: FrameType) -> bool:
 
 
 def _is_called_between(inner: FrameType, outer: FrameType) -> bool:
-    """Whether a module is called between two frames."""
+    """Whether ``Module.__call__`` is between two frames."""
     frame = inner.f_back
     while frame is not None and frame is not outer:
         if frame.f_code.co_filename == PLUMBING:
@@ -127,7 +125,7 @@ def _is_called_between(inner: FrameType, outer: FrameType) -> bool:
 
 
 def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal["", "function", "host"]:
-    """What was compiled around a call: a function that the host's forward calls, or the host."""
+    """The compiled code around a call: a function that the host's forward calls, the host, or none ("")."""
     is_inside = host is not None
     while frame is not None:
         is_inside = is_inside and frame is not host
@@ -139,7 +137,10 @@ def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal
 
 @dataclass(eq=False)
 class _Entered:
-    """One call of a module's forward, and the counts when it began; the frame keeps its id unique."""
+    """One run of a module's forward, with the operation counts before it and after it.
+
+    It holds the frame, so that the frame's id is not reused.
+    """
 
     frame: FrameType | None
     path: str
@@ -149,7 +150,7 @@ class _Entered:
 
 
 class Sites:
-    """The keys of calls, found from frames and from counts over one forward pass.
+    """Computes the keys of calls from frames and from counts over one forward pass.
 
     Args:
         model: the module whose forward pass runs.
@@ -165,7 +166,7 @@ class Sites:
         return {id(module): path for path, module in self.model.named_modules()}
 
     def reset(self) -> None:
-        """Begin a new forward pass."""
+        """Clear all counts for a new forward pass."""
         self.occurrences: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self.entered: dict[int, _Entered] = {}
@@ -175,12 +176,12 @@ class Sites:
         self._latest: dict[str, _Entered] = {}
 
     def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
-        """Find the modules that make a call.
+        """Find the modules whose code makes a call.
 
         Returns:
-            The path of the innermost module on the stack; that of the innermost whose forward runs, and its
-            frame; and whether a checkpoint is between the call and that forward, so that the call is run
-            again outside of it.
+            The path of the innermost module on the stack (owner); the path and the frame of the innermost
+            module whose forward runs (host); and whether a checkpoint is between the call and the host's
+            forward, so that the call is recomputed outside of that forward.
         """
         owner, checkpointed = None, False
         while frame is not None:
@@ -196,7 +197,7 @@ class Sites:
         return owner or "", "", None, checkpointed
 
     def occurrence(self, frame: FrameType, operation: str) -> tuple[str, str, int]:
-        """The host, the site, and how many times this host was at this site before."""
+        """The host, the site, and the number of earlier calls of this host at this site."""
         _, host, _, _ = self.owner_and_host(frame)
         site = site_of(frame, operation)
         nth = self.occurrences[host, site]
@@ -204,7 +205,7 @@ class Sites:
         return host, site, nth
 
     def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str, bool]:
-        """The complete key of a call, its owner's path, and whether it is checkpointed outside any module."""
+        """The key of a call, its owner's path, and whether a checkpoint recomputes it outside its host."""
         owner, host, host_frame, checkpointed = self.owner_and_host(frame)
         site = site_of(frame, operation)
         nth = self.occurrences[host, site]
@@ -217,7 +218,7 @@ class Sites:
         return CallKey(host, site, nth, index, entered.call, compiled=compiled), owner, checkpointed
 
     def _enter(self, frame: FrameType | None, path: str) -> _Entered:
-        """Note a forward that has begun, and those around it, with the counts before it."""
+        """Note a forward that has begun, and those around it, with the counts before them."""
         known = self.entered.get(id(frame))
         if known is not None:
             return known
@@ -225,12 +226,13 @@ class Sites:
             _, outer, outer_frame, _ = self.owner_and_host(frame.f_back)
             if outer_frame is not None:
                 around = self._enter(outer_frame, outer)
-                if outer == path and not _is_called_between(frame, outer_frame):  # a decorated forward
-                    self.entered[id(frame)] = replace(
-                        around, frame=frame
-                    )  # keeps it, so that its id stays its own
+                # The wrapper and the body of a decorated forward are one run of it.
+                if outer == path and not _is_called_between(frame, outer_frame):
+                    # The entry holds the frame, so that its id is not reused.
+                    self.entered[id(frame)] = replace(around, frame=frame)
                     return around
-        call = max(self._ended[path], self._times[path])  # runs without a merge count too
+        # Runs without a merge are only counted as they end, by leave().
+        call = max(self._ended[path], self._times[path])
         before = {} if frame is None else dict(self.operations)
         entered = self.entered[id(frame)] = _Entered(frame, path, call, before)
         self._calls[path, call] = entered
@@ -239,17 +241,17 @@ class Sites:
         return entered
 
     def leave(self, path: str) -> None:
-        """A forward has ended."""
+        """Note that a forward has ended."""
         self._ended[path] += 1
         entered = self._latest.get(path)
         if entered is not None and entered.after is None:
             entered.after, entered.frame = dict(self.operations), None
-            # A frame holds its variables, and they the activations: of a forward that is over none is kept.
+            # A frame holds its local variables and so the activations: release those of an ended forward.
             over = (path, entered.call)
             self.entered = {at: e for at, e in self.entered.items() if (e.path, e.call) != over}
 
     def complete(self, key: CallKey) -> CallKey:
-        """Add to a key what is known only after the forward pass."""
+        """Add to a key the totals that are known only after the forward pass."""
         operation = key.site.rpartition(":")[2]
         entered = self._calls[key.host, key.call]
         among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)

@@ -1,7 +1,7 @@
-"""Names of torch functions: one name for each operation, however it is called.
+"""Canonical names of torch functions: one name for all spellings of an operation.
 
-``x + y``, ``torch.add``, ``Tensor.add_`` and ``torch.ops.aten.add.Tensor`` are all ``"add"``. A property that
-gives a tensor (``x.T``) is named like the property.
+``x + y``, ``torch.add``, ``Tensor.add_`` and ``torch.ops.aten.add.Tensor`` are all ``"add"``. The getter of a
+property that returns a tensor (``x.T``) has the property's name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Function(NamedTuple):
-    """A torch function's name; whether it writes into its first argument, or may write at all."""
+    """A torch function's name, whether it writes into its first argument, and whether it may write at all."""
 
     name: str
     in_place: bool
@@ -18,11 +18,11 @@ class Function(NamedTuple):
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """The words of a text as a set."""
     return frozenset(text.split())
 
 
-# They read no values, and are called so often that they are not recorded.
+# These functions read no values, and are called too often to be recorded.
 QUERIES = words(
     """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested
     is_quantized is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous
@@ -33,23 +33,23 @@ QUERIES = words(
     set_default_dtype get_default_dtype is_set_to .grad dim_order _backward_hooks _is_zerotensor has_names
     is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
 )
-# They give access to a tensor's memory, through which anything may be written.
+# These functions give access to a tensor's memory, through which any code may write.
 _EXPOSING = words(
     """
     data_ptr untyped_storage storage numpy __array__ __dlpack__ __cuda_array_interface__ share_memory_ apply_
     map_ set_
     """
 )
-# Functions whose result has a tensor's shape but nothing of its values.
+# The result of these functions depends on a tensor's shape only, not on its values.
 SHAPE_ONLY = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
     new_empty new_tensor"""
 )
-# Of these nothing stands in the result until something is written there.
+# The result of these functions is uninitialised memory.
 UNINITIALISED = words("empty empty_like new_empty empty_strided new_empty_strided empty_permuted")
-# Of their second tensor they take the shape or the type alone.
+# These functions use only the shape or the dtype of their second tensor.
 LIKE_ANOTHER = words("view_as reshape_as expand_as to resize_as")
-# They may return a view of their first argument; the memory of the result shows whether they did.
+# These functions may return a view of their first argument; the recorder compares the memory to know.
 VIEWS = words(
     """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split
     split_with_sizes chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten
@@ -58,18 +58,18 @@ VIEWS = words(
     atleast_1d atleast_2d atleast_3d cpu cuda positive resolve_conj resolve_neg unsafe_split unsafe_chunk
     broadcast_tensors result"""
 )
-# They make an activation from token ids and a weight.
+# These functions compute an activation from token ids and a weight.
 LOOKUPS = words("embedding embedding_bag index_select getitem gather take take_along_dim index")
-# Linear maps; applied to one-hot ids they are lookups too.
+# Linear maps. Applied to one-hot ids they are lookups too.
 LINEAR = words(
     """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d
     conv3d conv_transpose1d conv_transpose2d conv_transpose3d"""
 )
-# In place they overwrite all that was there.
+# The in-place forms of these functions overwrite all values of the tensor.
 OVERWRITES = words(
     "copy fill zero normal uniform bernoulli random exponential cauchy log_normal geometric set"
 )
-# Torch's own Python functions whose calls are recorded one by one.
+# Python functions of torch that are not recorded as one call; the calls inside them are.
 COMPOSITES = words("multi_head_attention_forward")
 
 _SAME = {
@@ -124,7 +124,7 @@ _known: dict[str, Function] = {}
 
 
 def function_of(func: Any) -> Function:
-    """The canonical name of a function that a mode receives."""
+    """The canonical name of a function that a ``TorchFunctionMode`` receives."""
     name = getattr(func, "__name__", "")
     if name in {"__get__", "__set__", "__delete__"}:
         name = getattr(getattr(func, "__self__", None), "__name__", name)
@@ -132,11 +132,12 @@ def function_of(func: Any) -> Function:
     known = _known.get(name)
     if known is None:
         known = _named(name)
-        # Operators of other libraries may write without saying so in their name.
+        # The name of another library's operator does not show whether it writes.
         is_foreign = type(func).__module__ == "torch._ops" and not str(func).startswith("aten.")
         is_marked = name.startswith("marked ")
         known = known._replace(may_write=known.in_place or is_foreign or is_marked or name in _EXPOSING)
-        if not is_foreign and not is_marked:  # there is no end of such names
+        # The number of foreign and marked names is unbounded, so they are not cached.
+        if not is_foreign and not is_marked:
             _known[name] = known
     return known
 

@@ -1,4 +1,4 @@
-"""Inputs that a recorded pass reads where they are, and copies only before it writes into them."""
+"""Copy-on-write inputs for a recorded pass."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from skipscope.shortcuts.trace._tensor_memory import memory_of
 
 
 class LentInputs:
-    """Lends tensors to a pass, and puts back what the pass wrote into them.
+    """Lends input tensors to a pass without copying, and restores those that the pass wrote into.
 
-    A lent tensor has a version counter and a history of its own, so the owner's graph is not disturbed.
-    Tensors whose memory overlaps, and tensors of special kinds, are copied at once.
+    A lent tensor has its own version counter and autograd history, so the owner's graph is not disturbed.
+    Tensors that share memory, and tensors that are not plain strided ones, are copied at once.
     """
 
     def __init__(self):
@@ -43,14 +43,14 @@ class LentInputs:
         """Keep the contents of lent tensors whose memory a call may write into."""
         for tensor in tensors if self._lent else ():
             memory = memory_of(tensor)
-            # What has no memory of its own, a tensor under torch.func, may stand for any of them.
+            # A tensor under torch.func has no memory address, so it may be any of the lent tensors.
             for key in [memory] if memory is not None else list(self._lent):
                 lent = self._lent.pop(key, None)
                 if lent is not None:
                     self._before.append((lent, lent.clone(), lent.untyped_storage().nbytes()))
 
     def restore(self) -> bool:
-        """Put the contents back.
+        """Restore the contents of all lent tensors.
 
         Returns:
             Whether the pass had changed any.
@@ -60,9 +60,8 @@ class LentInputs:
         with torch.no_grad():
             while self._before:
                 lent, before, size = self._before[-1]
-                is_freed = (
-                    lent.untyped_storage().nbytes() < size
-                )  # reversible networks free what they can compute again
+                # Reversible networks free the memory of tensors that they can recompute.
+                is_freed = lent.untyped_storage().nbytes() < size
                 if is_freed:
                     lent.untyped_storage().resize_(size)
                 if is_freed or not torch.equal(lent, before):

@@ -1,4 +1,4 @@
-"""Functions that are declared to merge: fused kernels, custom autograd functions."""
+"""Functions declared as merges by the user: fused kernels, custom autograd functions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def mark_shortcut(
 ) -> Callable[..., Any]:
     """Declare that a function joins a shortcut and a branch, to be found and edited like an addition.
 
-    Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a
-    decorator by ``functools.partial``). It does what the function does. Eager code only. Local.
+    Returns a wrapper that computes the same. Put it where the model finds the function
+    (``block.join = mark_shortcut(kernel, ...)``), or use ``functools.partial`` as a decorator. Eager code
+    only. Local.
 
     Args:
         function: returns one tensor, and is linear in each of the two operands while the other is zero.
@@ -67,7 +68,10 @@ def _slot(function: Callable[..., Any], argument: str | int) -> tuple[int, str]:
     names = list(inspect.signature(function).parameters)
     if argument not in names:
         raise SkipscopeError(
-            "mark_shortcut", "the function has no such argument", expected=", ".join(names), got=argument,
+            "mark_shortcut",
+            "the function has no such argument",
+            expected=", ".join(names),
+            got=argument,
             cure="give the name of an argument, or its position",
-        )  # fmt: skip
+        )
     return (names.index(argument), argument)

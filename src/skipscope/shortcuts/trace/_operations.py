@@ -1,4 +1,4 @@
-"""Operations that join tensors: their functions, and which arguments are operands."""
+"""Operations that join tensors: their functions, and which of the arguments are operands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Operation:
     """A function that joins tensors.
 
     Attributes:
-        name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
-        slots: its operands; empty when they come as one list.
+        name: canonical name: ``add`` for ``add``, ``add_`` and ``__radd__``.
+        slots: its operands; empty if they come as one list.
         in_place: whether it writes into its first operand.
-        slots_in: gives the operands of one call by its arguments, and None where it does not accumulate;
-            without it they are always ``slots``.
-        is_many: it takes lists, and is one such operation for each of their tensors.
+        slots_in: function from a call's arguments to its operands, or to None if the call does not
+            accumulate. Without it the operands are always ``slots``.
+        is_many: whether it takes lists of tensors and applies the operation to each (``torch._foreach_add``).
     """
 
     name: str
@@ -63,17 +63,17 @@ def _in_scatter_reduce(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 
 
 def _in_where(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
-    """``torch.where(t, H, x)`` and ``H.where(t, x)`` are t H + (1 - t) x; ``where(t)`` gives indices."""
+    """Operands of ``torch.where(t, H, x)`` or ``H.where(t, x)``; None for ``where(t)``."""
     if len(args) + len(kwargs) < 3:
         return None
-    # Asked in compiled code too: torch 2.6 cannot trace the bool of a tuple.
+    # This runs in compiled code too, and torch 2.6 cannot trace the bool of a tuple.
     is_method = len(args) > 0 and args[0].dtype != torch.bool
     return ((0, "input"), (2, "other")) if is_method else _SUMS["where"]
 
 
 _SLOTS_IN: dict[str, SlotsIn] = {"scatter_reduce": _in_scatter_reduce, "where": _in_where}
 PRODUCTS = frozenset({"mul"})
-# In place of an operand's number: all of the tensor into a part of which the call writes.
+# Operand number that stands for the whole tensor when a call writes into a part of it.
 WHOLE = -1
 # Functions that sum over an axis.
 REDUCTIONS = frozenset(
@@ -93,7 +93,7 @@ REDUCTIONS = frozenset(
     }
 )
 LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
-# What puts one tensor into a part of another; ``index_put`` where it does not accumulate.
+# Operations that write one tensor into a part of another; ``index_put`` only if it does not accumulate.
 PUTTING = frozenset(
     {
         "setitem",
@@ -121,7 +121,7 @@ def _operations() -> dict[str, Operation]:
     for name in ("add", "sub", "mul", "lerp"):
         for end in ("", "_"):
             table[f"_foreach_{name}{end}"] = Operation(name + end, is_many=True)
-    # As torch.ops.aten and exported graphs call them: add.Tensor, cat.default.
+    # The names of operators in torch.ops.aten and exported graphs: add.Tensor, cat.default.
     overloads = ("Tensor", "Scalar", "default", "self", "two")
     table |= {
         f"{name}.{end}": one for name, one in list(table.items()) for end in overloads if not one.is_many
@@ -129,19 +129,19 @@ def _operations() -> dict[str, Operation]:
     return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")), in_place=True)}
 
 
-# By the function's own name. Compiled code looks operations up too, so it is a plain dict.
+# Keyed by the function's own name. A plain dict, because compiled code looks operations up too.
 OPERATIONS = _operations()
-# Where a marked function keeps the operation that it is.
+# Attribute of a marked function that holds its operation.
 MARK = "_skipscope_operation"
 
 
 def operation_of(func: Any) -> Operation | None:
-    """The operation that a function is, or None; a marked function carries its own."""
+    """The joining operation that a function performs, or None. A marked function carries its own."""
     return OPERATIONS.get(getattr(func, "__name__", "")) or getattr(func, MARK, None)
 
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a call, also those that are not tensors; [] if it does not accumulate."""
+    """The operands of a call, including those that are not tensors. [] if it does not accumulate."""
     slots = operation.slots if operation.slots_in is None else operation.slots_in(args, kwargs)
     if slots is None:
         return []
@@ -169,7 +169,7 @@ def with_operands(
 
 
 def out_of_place(operation: Operation, func: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that computes the same without writing into its first operand."""
+    """The equivalent of ``func`` that does not write into its first operand."""
     if operation.name in {"setitem", "copy"}:
         return functools.partial(_put_into_a_copy, func)
     return getattr(torch, operation.name) if operation.in_place else func
@@ -182,13 +182,13 @@ def _put_into_a_copy(func: Callable[..., Any], target: Tensor, *args: Any, **kwa
 
 
 def whole_of(operation: Operation, target: Tensor) -> Tensor:
-    """All of the tensor into a part of which a call puts another; the target itself for any other call."""
+    """The whole tensor of which a call writes into a part; for any other call, ``target`` itself."""
     is_part = operation.name in PUTTING and operation.in_place and target._base is not None
     return target._base if is_part and target._base is not None else target
 
 
 def put_into(operation: Operation, func: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
-    """The function that gives all of that tensor, with another put in the place of ``target``."""
+    """The out-of-place form of a write to ``target``; it takes and returns the whole tensor."""
     whole = whole_of(operation, target)
     if whole is target:
         return out_of_place(operation, func)
@@ -205,7 +205,7 @@ def put_into(operation: Operation, func: Callable[..., Any], target: Tensor) -> 
 def one_by_one(
     mode: TorchFunctionMode, operation: Operation, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Replace a call on lists by one call for each of their tensors, which go through ``mode``."""
+    """Replace a call on lists of tensors by one call for each tensor, made through ``mode``."""
     if len(args) < 2 or kwargs.keys() - {"alpha"}:
         return func(*args, **kwargs)
     single = getattr(Tensor, operation.name)
@@ -217,5 +217,5 @@ def one_by_one(
 
 
 def tensor_operands(values: Sequence[Any]) -> int:
-    """How many operands are real or complex tensors."""
+    """The number of operands that are real or complex tensors."""
     return len([v for v in values if isinstance(v, Tensor) and is_number(v.dtype)])

@@ -1,9 +1,8 @@
-"""The record of one forward pass, as plain data: every torch call in order, with the values it took and gave.
+"""The record of one forward pass as plain data: every torch call in order, with its input and output values.
 
-A *value* is one tensor at one time: an input, a parameter, a constant, or what a call gave. A call that
-writes into its argument gives a new value, and so does every view that shares its memory, when it is next
-read. Values and calls are numbered in order of execution, so a value is computed from values with smaller
-numbers only.
+A *value* is one tensor at one time: an input, a parameter, a constant, or the result of a call. A write into
+a tensor makes a new value, and so does the next read of every view that shares its memory. Values and calls
+are numbered in order of execution, so a value is computed from values with smaller numbers only.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _QUANTIZED = frozenset({torch.quint8, torch.qint8, torch.qint32})
 
 
 def is_number(dtype: torch.dtype) -> bool:
-    """Whether tensors of a type hold real or complex numbers, and not counts, ids or truth values."""
+    """Whether a dtype is real, complex or quantized, and not that of counts, ids or masks."""
     return dtype.is_floating_point or dtype.is_complex or dtype in _QUANTIZED
 
 
@@ -41,18 +40,18 @@ class Value:
     """One tensor at one time.
 
     Attributes:
-        index: its number, an index of ``Trace.values``.
+        index: its index in ``Trace.values``.
         origin: input, parameter, constant, or result of a call.
-        shape: of the tensor.
-        dtype: of the tensor.
-        call: index of the call that gave it; None for any other origin.
-        position: which of the call's results it is.
-        name: of a parameter, its path.
-        from_data: whether it was computed from an input.
-        is_code: whether it is integers or truth values of the data (token ids, masks), or computed from those
-            without weights (one-hot ids, additive masks).
-        starts: whether activations begin here: an input with numbers, or what a weight makes of token ids.
-        number: the value of a constant that is a single integer, as an index is.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        call: index of the call that returned it; None for any other origin.
+        position: its position among the call's results.
+        name: path of a parameter; else empty.
+        from_data: whether it is an input or was computed from one.
+        is_code: whether it holds integers or booleans from the data (token ids, masks), or was computed from
+            those without weights (one-hot ids, additive masks).
+        starts: whether activations begin here: a float input, or the result of a lookup of token ids.
+        number: for a constant that is a single integer, as an index is, its number; else None.
     """
 
     index: int
@@ -69,38 +68,36 @@ class Value:
 
     @property
     def is_float(self) -> bool:
-        """Whether it has real or complex numbers, through which a gradient goes; or those of a quantized
-        model.
-        """
+        """Whether its dtype is real or complex, so that it can carry gradients, or quantized."""
         return is_number(self.dtype)
 
     @property
     def is_activation(self) -> bool:
-        """Whether it was computed from an input, and a gradient could go through it."""
+        """Whether it depends on an input, and a gradient could flow through it."""
         return self.from_data and self.is_float and not self.is_code
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return torch.Size(self.shape).numel()
 
 
 @dataclass(slots=True, eq=False)
 class Operand:
-    """In the arguments of a call, a tensor: the value with this index."""
+    """Stand-in for a tensor in the arguments of a call: the index of its value."""
 
     value: int
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What one of the calls that together replace all of a tensor lets pass.
+    """One call of a chain of masked writes that together replace every element of a tensor.
 
     Attributes:
-        operand: number of the operand that it replaces in part.
-        base: value of the tensor that all of them together replace.
-        before: values that the calls before it have put in place of other parts.
-        end: value that the last of them gives.
+        operand: number of the operand of which this call replaces a part.
+        base: value of the tensor that the chain replaces.
+        before: values that the earlier calls of the chain have written into other parts.
+        end: value that the last call of the chain returns.
     """
 
     operand: int
@@ -114,34 +111,37 @@ class TracedCall:
     """One call of a torch function.
 
     Attributes:
-        index: its number, an index of ``Trace.calls``.
+        index: its index in ``Trace.calls``.
         function: the operation, one name for all of its spellings: ``"add"`` for ``+``, ``torch.add`` and
             ``add_``.
         operands: values of the tensors among the arguments, in order.
-        results: values that it gave.
+        results: values that it returned.
         arguments: positional arguments; each tensor as an :class:`Operand`, other objects as their
             type's name.
-        keywords: the same for keyword arguments.
+        keywords: keyword arguments, in the same form.
         module: path of the innermost module that runs.
-        run: how many times that module had run before.
-        step: how many times this line had made this call before in this module: the time step of a
+        run: number of earlier runs of that module.
+        step: number of earlier calls of this operation by the same code in this module: the time step of a
             recurrence.
         in_place: whether it writes into its first operand.
         is_view: whether its results share the memory of its first operand.
-        inferred: it was not made, but describes what a write into shared memory does to another view of it.
-        inside: the composite function of torch's that makes it, or empty; no edit can be made there.
-        transformed: it is made under ``torch.vmap`` or ``torch.func``: its tensors are not the model's own.
-        key: identifier of the call site, for calls that join tensors or make activations of ids; None for any
-            other.
+        inferred: whether it was not executed, but describes the effect of a write into shared memory on
+            another view of it.
+        inside: the composite torch function that makes it, or empty; no edit can be made there.
+        transformed: whether it is made under ``torch.vmap`` or ``torch.func``, where tensors are not the
+            model's own.
+        key: identifier of the call, if it joins tensors or looks up ids; else None.
         joins: for a call that joins tensors, the operation; else empty.
-        joined: the operands that it joins: values, or None for other objects.
-        whole: for a write into a part of a tensor, all of that tensor before; else None.
-        written: the same afterwards.
+        joined: the operands that it joins: values, or None for objects that are not tensors.
+        whole: for a write into a part of a tensor, the value of the whole tensor before it; else None.
+        written: for such a write, the value of the whole tensor after it; else None.
         owner: path of the module whose code makes the call, for calls that join tensors.
-        checkpointed: it is run again in the backward pass, outside of any module's forward.
-        lists_index: its index is a list: ``x[[1]]``, which the arguments have as a tuple like ``x[1,]``.
-        routed: for one of the calls that together replace all of a tensor, each a part of its own; else None.
-        zeroed: a product with zeros of its own size that are not weights: an initial state.
+        checkpointed: whether it is recomputed in the backward pass, outside of any module's forward.
+        lists_index: whether its index is a list, as in ``x[[1]]``; the arguments hold a tuple, as for
+            ``x[1,]``.
+        routed: for a call of a chain of masked writes that together replace all of a tensor, its part in the
+            chain; else None.
+        zeroed: whether it multiplies by zeros of the product's size that are not weights: an initial state.
     """
 
     index: int
@@ -181,11 +181,11 @@ class TracedCall:
 
     @property
     def site(self) -> tuple[int, int]:
-        """The same for every call that one instruction of the code makes."""
+        """Identifier of the bytecode instruction that makes the call."""
         return id(self._code), self._instruction
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument by its position or its keyword."""
+        """An argument by position or keyword, or ``default`` if it was not given."""
         if position < len(self.arguments):
             return self.arguments[position]
         return self.keywords.get(name, default)
@@ -196,12 +196,12 @@ class ModuleRun:
     """One run of a module.
 
     Attributes:
-        path: of the module.
-        nth: how many times it had run before.
-        begins: number of the first call made inside.
-        ends: number of the first call made afterwards.
-        inputs: values of the tensors that it was given.
-        outputs: values of the tensors that it returned.
+        path: path of the module.
+        nth: number of its earlier runs.
+        begins: index of the first call made inside.
+        ends: index of the first call made afterwards.
+        inputs: values of its input tensors.
+        outputs: values of its output tensors.
     """
 
     path: str
@@ -214,11 +214,11 @@ class ModuleRun:
 
 @dataclass(slots=True, eq=False)
 class Hidden:
-    """A call that may hold shortcuts inside, which the trace cannot see.
+    """A call that may hold shortcuts the trace cannot see.
 
     Attributes:
-        name: what was called.
-        reason: why they cannot be seen.
+        name: name of the called function.
+        reason: why its inside cannot be seen.
         source: ``file.py:line``.
         module: path of the innermost module that ran.
     """
@@ -234,16 +234,17 @@ class Trace:
     """Every torch call of one forward pass, and the values between them.
 
     Attributes:
-        values: every tensor at every time, in order.
-        calls: every torch call, in order.
+        values: every value, in order of execution.
+        calls: every torch call, in order of execution.
         runs: every run of a module, in the order in which they began.
-        inputs: values that the model was called with.
+        inputs: values of the model's input tensors.
         outputs: values that the model returned.
-        result: values that the recorded function returned: the loss, where it computes one.
-        parameters: value of each parameter that took part, by its path.
-        hidden: calls that may hold shortcuts inside.
-        with_gradients: the pass was run with gradients, because the model differentiates inside its forward.
-        writes_inputs: the pass wrote into tensors that the model was called with.
+        result: values that the recorded function returned, for instance the loss.
+        parameters: value of each parameter that was used, by its path.
+        hidden: calls that may hold shortcuts the trace cannot see.
+        with_gradients: whether the pass was run with gradients, because the model differentiates inside its
+            forward.
+        writes_inputs: whether the pass wrote into the model's input tensors.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -265,7 +266,7 @@ class Trace:
         return () if call is None else self.calls[call].operands
 
     def ancestors(self, value: int) -> set[int]:
-        """Every value that ``value`` was computed from, including itself."""
+        """All values that ``value`` was computed from, including itself."""
         seen, waiting = {value}, [value]
         while waiting:
             fresh = [v for v in self.operands_of(waiting.pop()) if v not in seen]
@@ -274,7 +275,7 @@ class Trace:
         return seen
 
     def consumers(self, value: int) -> list[int]:
-        """The calls that take a value."""
+        """Indices of the calls that have ``value`` as an operand."""
         if self._consumers is None:
             self._consumers = {}
             for call in self.calls:
@@ -283,7 +284,7 @@ class Trace:
         return self._consumers.get(value, [])
 
     def weights_of(self, call: TracedCall) -> frozenset[str]:
-        """Paths of the parameters that enter at a call, itself or in weights computed from them."""
+        """Paths of the parameters that a call takes, directly or in weights computed from them."""
         mine = (self._parameters_in(v) for v in call.operands if not self.values[v].from_data)
         return frozenset().union(*mine)
 
@@ -292,16 +293,17 @@ class Trace:
         if known is None:
             if self.values[value].origin is Origin.PARAMETER:
                 known = frozenset([self.values[value].name])
-            else:  # a value is computed from earlier ones, so this ends; chains of weights are short
+            else:
+                # The recursion is shallow: chains of operations on weights alone are short.
                 above = [v for v in self.operands_of(value) if not self.values[v].from_data]
                 known = frozenset().union(*map(self._parameters_in, above))
             self._weights[value] = known
         return known
 
     def addends(self, value: int) -> list[int]:
-        """The values whose sum ``value`` is, found through sums, constant factors, means and stacks.
+        """Decompose ``value`` into summands, through sums, constant factors, means and stacks.
 
-        For the scalar loss these are the terms of the loss; ``[value]`` where it is no sum.
+        For the scalar loss these are the terms of the loss. ``[value]`` if it is not a sum.
         """
         found, waiting = [], [value]
         while waiting:
@@ -316,7 +318,7 @@ class Trace:
         return found
 
     def _summands(self, call: TracedCall) -> list[int]:
-        """The operands that a call adds up, or []."""
+        """The operands that a call adds up, or [] if it is not a sum."""
         operands = [v for v in call.operands if self.values[v].from_data]
         constant = len(operands) == 1 and not self.weights_of(call)
         if call.function in {"add", "sub", "rsub", "stack", "cat"}:
@@ -327,7 +329,7 @@ class Trace:
         return []
 
     def _is_sum_of_scalars(self, value: int) -> bool:
-        """Whether a value is one number, or numbers that were stacked."""
+        """Whether a value is a scalar, or a stack or concatenation."""
         call = self.values[value].call
         stacked = call is not None and self.calls[call].function in {"stack", "cat"}
         return self.values[value].numel == 1 or stacked

@@ -62,38 +62,38 @@ _CHECKPOINT = os.path.join(_call_sites.TORCH, "utils", "checkpoint.py")
 _TRANSFORMS = os.path.join(_call_sites.TORCH, "_functorch") + os.sep
 _MODULE = os.path.join(_call_sites.TORCH, "nn", "modules", "module.py")
 _DIFFERENTIATING = frozenset({"grad", "backward"})
-# One call that holds weights and joins activations inside.
+# Single calls that take weights and join activations inside.
 CELLS = words(
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell transformer_encoder_layer"
 )
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
 SCRIPTED = "a scripted function: what it joins cannot be seen"
-UNSEEN_WRITE = "code that no call of torch's is seen of fills this tensor (a kernel, a collective)"
+UNSEEN_WRITE = "code outside of recorded torch calls fills this tensor (a kernel, a collective)"
 LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
 
-# Operators that run functions of the model's inside.
+# Operators that run functions of the model inside.
 _CONTROL = words("cond while_loop map_impl scan associative_scan")
 
 
 class NeedsGradients(BaseException):
-    """The model differentiates in its forward pass. Its own code might catch an Exception."""
+    """Raised if the model differentiates in its forward. Not an Exception, which its code might catch."""
 
 
 def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = None) -> Trace:
     """Run ``call`` once, and record every torch call that it makes.
 
-    The pass runs without gradients; where the model's own forward differentiates (forces, a gradient penalty)
-    it is run once more with them, and ``Trace.with_gradients`` says so. Call it inside ``untouched(model)``:
-    hooks are set, and buffers may change.
+    The pass runs without gradients. If the model's own forward differentiates (forces, a gradient penalty),
+    the pass is run once more with gradients, and ``Trace.with_gradients`` is set. Use it inside
+    ``untouched(model)``: hooks are set, and buffers may change.
 
     Args:
-        model: the eager module that ``call`` runs. What it is called with are the trace's inputs.
+        model: the eager module that ``call`` runs. Its arguments are the trace's inputs.
         call: ``lambda: model(x)``, or ``lambda: loss(model(x), y)`` to record the loss too. It is run twice
-            where the model differentiates, so it must not use up its inputs.
-        lent: inputs of ``call`` that are to be as they were after each run.
+            if the model differentiates, so it must not consume its inputs (an iterator).
+        lent: inputs of ``call``, to be restored after each run.
 
     Returns:
         The trace. It holds no tensor.
@@ -113,7 +113,8 @@ def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = 
     except Exception:
         if is_loaded or not compiler_is_loaded():
             raise
-        # The pass itself loaded the compiler, as torch.cond does: now it can be kept from compiling.
+        # The pass itself loaded the compiler, as torch.cond does. Once loaded it can be switched off, so the
+        # second attempt runs eagerly.
         return _with_gradients_if_needed(model, call, lent)
 
 
@@ -134,8 +135,8 @@ def _recorded(model: nn.Module, call: Callable[[], Any], lent: LentInputs, gradi
     return recorder.trace
 
 
-# Called after each recorded call with the call, torch's function, its arguments and keywords, and what it
-# returned. The index of a call inside an ``autograd.Function`` is -1: it is no part of the trace.
+# Called after each recorded call with the call, the torch function, its arguments, keywords and output. A
+# call inside an ``autograd.Function`` is not part of the trace and has index -1.
 Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
@@ -143,7 +144,7 @@ Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, 
 def recording(
     model: nn.Module, listener: Listener | None = None, *, gradients: bool, lent: LentInputs | None = None
 ) -> Iterator[Recorder]:
-    """Record what runs inside; a listener sees the tensors of each call as well."""
+    """Context that records the torch calls made inside it; a listener also receives their tensors."""
     recorder = Recorder(model, gradients, listener, lent)
     try:
         scripted = scripted_calls.heard_by(recorder.run_scripted)
@@ -152,14 +153,15 @@ def recording(
     finally:
         recorder.finish()
         if not gradients:
-            torch.clear_autocast_cache()  # older versions of torch use casts made without gradients again
+            # Older versions of torch would reuse the casts made without gradients.
+            torch.clear_autocast_cache()
 
 
 class Recorder(TorchFunctionMode):
-    """Notes every torch call.
+    """Records every torch call in a :class:`Trace`.
 
     Args:
-        model: whose module runs are noted.
+        model: the module whose module runs are recorded.
         gradients: whether the pass is run with gradients.
         listener: called after each call.
         lent: inputs whose contents are kept before a call writes into them.
@@ -177,23 +179,24 @@ class Recorder(TorchFunctionMode):
         self.lent = lent or LentInputs()
         self.memory, self.sites = Memory(self.trace, self._infer), _call_sites.Sites(model)
         self.stack: list[ModuleRun] = []
-        # For each of them the call that cannot be looked into and runs it, or None.
+        # For each entry of the stack, the index in _unseen of the call that runs it, or None.
         self._unseen_modules: list[int | None] = []
         self._times: Counter[str] = Counter()
         self._steps: Counter[tuple[str, int, int, str]] = Counter()
         self._weights: dict[int, tuple[str, Tensor]] = {}
         self._packed_weights: dict[int, tuple[int, torch.ScriptObject]] = {}
-        # The tensors inside a weight of another class, each with that weight.
+        # For the inner tensors of a weight of a tensor subclass: the tensor and the weight.
         self._weight_parts: dict[int, tuple[Tensor, Tensor]] = {}
         # Values that were computed from an input or a parameter.
         self._derived: set[int] = set()
-        # Calls that cannot be looked into: name and operands.
+        # Name and operands of each call whose inside is not recorded.
         self._unseen: list[tuple[str, tuple[int, ...]]] = []
-        # Of calls that take one activation alone: name and source, until a weight is seen inside.
+        # Name and source of the unseen calls with a single activation as operand. Such a call is reported
+        # as hidden once a weight is used inside.
         self._may_use_weights: dict[int, tuple[str, str]] = {}
-        # Values of tensors that were made without content, and where, until they are read.
+        # Uninitialised tensors that were not read yet: value -> source line.
         self._unfilled: dict[int, str] = {}
-        # The frame of the last call of an autograd.Function, and which of these calls it is.
+        # The frame of the last call of an autograd.Function, and its index in _unseen.
         self._applied: tuple[Any, int] | None = None
         self._keys: list[TracedCall] = []
         self._routed = RoutedRows()
@@ -224,13 +227,13 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, as_given, named)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
-        # Torch's own code fills what it makes (FSDP its buffers) in ways that join nothing.
+        # Buffers that torch itself allocates (FSDP) are filled without joining activations.
         is_empty = function.name in UNINITIALISED and sys._getframe(1) is frame
         if self._unfilled:
             self._note_unseen_write(function, operands, kwargs)
         packed = self._packed_in(func, args) if type(func).__module__ == "torch._ops" else ()
         transformed = any(map(is_transformed, tensors))
-        call = self._begun(function, operands, args, kwargs, frame)
+        call = self._new_call(function, operands, args, kwargs, frame)
         if function.name in LIKE_ANOTHER:
             call.operands = operands[:1]
         call.operands += packed
@@ -263,7 +266,7 @@ class Recorder(TorchFunctionMode):
         return output
 
     def _note_unseen_write(self, function: Function, operands: tuple[int, ...], kwargs: Any) -> None:
-        """Note that a call reads a tensor that was never filled: code out of sight has filled it."""
+        """Report a read of a tensor that no recorded call has filled: unseen code has filled it."""
         if function.name in VIEWS or function.name in SHAPE_ONLY or function.name in LIKE_ANOTHER:
             return
         is_target = function.in_place or kwargs.get("beta") == 0
@@ -271,9 +274,9 @@ class Recorder(TorchFunctionMode):
         for value in read:
             source = self._unfilled.pop(value, None)
             if source is not None and self.trace.values[value].is_float and self.trace.values[value].numel:
-                self._hide("empty", UNSEEN_WRITE, source)
+                self._report_hidden("empty", UNSEEN_WRITE, source)
 
-    def _begun(
+    def _new_call(
         self, function: Function, operands: tuple[int, ...], args: Any, kwargs: Any, frame: Any
     ) -> TracedCall:
         run = self.stack[-1] if self.stack else None
@@ -301,12 +304,12 @@ class Recorder(TorchFunctionMode):
     def _identify(
         self, call: TracedCall, operation: _operations.Operation, args: Any, kwargs: Any, frame: Any
     ) -> None:
-        """Give a call that joins tensors its key."""
+        """Set the key and the operands of a call that joins tensors."""
         values = _operations.operands(operation, args, kwargs)
         if _operations.tensor_operands(values) < 2 or _call_sites.is_between_processes(frame):
             return
         if call.transformed:
-            self._hide("torch.func", TRANSFORMED, _call_sites.source_of(frame))
+            self._report_hidden("torch.func", TRANSFORMED, _call_sites.source_of(frame))
             return
         call.key, call.owner, call.checkpointed = self.sites.key(frame, operation.name)
         self._keys.append(call)
@@ -315,7 +318,7 @@ class Recorder(TorchFunctionMode):
         call.zeroed = operation.name in _operations.PRODUCTS and self._is_zeroed(values)
 
     def _looks_up(self, call: TracedCall) -> bool:
-        """Whether a call may make an activation of ids."""
+        """Whether a call may compute an activation from token ids."""
         if call.function == "embedding":
             return True
         if call.function not in LOOKUPS and call.function not in LINEAR:
@@ -324,7 +327,7 @@ class Recorder(TorchFunctionMode):
         return any(v.is_code for v in given) and not any(v.is_activation for v in given)
 
     def _note(self, call: TracedCall, tensors: list[Tensor], args: Any, kwargs: Any, output: Any) -> None:
-        """Note what a call gave, and what it wrote into."""
+        """Record the results of a call, or its write into a tensor."""
         out = kwargs.get("out")
         if call.in_place or out is not None:
             self._note_write(call, out if isinstance(out, Tensor) else args[0] if args else tensors[0], args)
@@ -350,20 +353,18 @@ class Recorder(TorchFunctionMode):
             results.append(value.index)
         call.results = tuple(results)
         if call.function in CELLS and any(self.trace.values[v].from_data for v in results):
-            self._hide(call.function, CELL, call.source)
+            self._report_hidden(call.function, CELL, call.source)
 
     def _note_library(self, call: TracedCall) -> None:
-        """Note that a call of a library's operator may join what it takes: activations, or one and
-        weights.
-        """
+        """Report a library operator that may join activations, or an activation and weights."""
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
         if (takes > 1 or call.function in _CONTROL) and any(
             self.trace.values[v].from_data for v in call.results
         ):
-            self._hide(call.function, LIBRARY, call.source)
+            self._report_hidden(call.function, LIBRARY, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
-        """Set the properties that a value has from what it was computed from."""
+        """Set the properties of a value that follow from the operands of its call."""
         given = [self.trace.values[v] for v in call.operands]
         has_weight = is_activation = False
         for v in given:
@@ -390,12 +391,13 @@ class Recorder(TorchFunctionMode):
             return
         if call.function == "setitem" and isinstance(args[2], Tensor) and not _tensors((args[1],), None):
             into = _indexed(target, args[1])
+            # x[1:] += y ends with a write of the updated view to where it already is.
             if into is not None and _same_place(into, args[2]):
-                return  # x[1:] += y ends by putting back what is there already
+                return
         before = self.value_of(target)
         if call.function in OVERWRITES or not call.in_place:
-            # The target itself is not read: the first operand, or the last where it is given by name. It may
-            # be read too.
+            # An overwritten target is not an input: drop it once, as the first operand, or as the last for
+            # ``out=``. If it occurs among the operands again, it is read too.
             at = [i for i, v in enumerate(call.operands) if v == before]
             dropped = at[0 if call.in_place else -1] if at else None
             call.operands = tuple(v for i, v in enumerate(call.operands) if i != dropped)
@@ -408,12 +410,12 @@ class Recorder(TorchFunctionMode):
         if parts is not None:
             call.whole, call.written = parts
 
-    def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run one of torch's Python functions so that the calls inside it are recorded too."""
+    def _run_composite(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a Python function of torch so that the calls inside it are recorded."""
         outer, self._composite = self._composite, self._composite or func.__name__
         try:
             with self:
-                return _body(func)(*args, **kwargs)
+                return _without_dispatch(func)(*args, **kwargs)
         finally:
             self._composite = outer
 
@@ -423,15 +425,15 @@ class Recorder(TorchFunctionMode):
         """The value that a tensor holds."""
         value = self.memory.get(tensor)
         if value is None:
-            return self._adopt(tensor)
-        return value if value >= 0 else self._emerged(-1 - value, tensor)
+            return self._value_of_new_tensor(tensor)
+        return value if value >= 0 else self._unseen_result(-1 - value, tensor)
 
     def values_in(self, nest: Any) -> tuple[int, ...]:
-        """The values of the tensors in a nest."""
+        """The values of the tensors in a nested structure."""
         return tuple(self.value_of(tensor) for tensor in _data.tensors_in(nest))
 
-    def _adopt(self, tensor: Tensor) -> int:
-        """The value of a weight, a constant, or the result of an unseen call."""
+    def _value_of_new_tensor(self, tensor: Tensor) -> int:
+        """The value of a tensor seen for the first time: a weight, a constant or an unseen call's result."""
         known = self._weights.get(id(tensor))
         if known is not None:
             value = self._new(tensor, Origin.PARAMETER)
@@ -441,7 +443,7 @@ class Recorder(TorchFunctionMode):
         elif (alias := self._alias_of(tensor)) is not None or (alias := self._wrapped(tensor)) is not None:
             return alias
         elif self._unseen and id(tensor) not in self._constants and _is_float(tensor):
-            return self._emerged(len(self._unseen) - 1, tensor)
+            return self._unseen_result(len(self._unseen) - 1, tensor)
         else:
             value = self._new(tensor, Origin.CONSTANT)
             value.number = _number(tensor)
@@ -449,13 +451,13 @@ class Recorder(TorchFunctionMode):
         return value.index
 
     def _packed_in(self, func: Any, args: Any) -> tuple[int, ...]:
-        """The values of the weights that a quantized operator takes in objects."""
-        # Other libraries of operators keep other things in objects: a profiler its handle, for one.
+        """The values of the packed weights among a quantized operator's arguments."""
+        # Script objects of other operators may hold anything, for instance a profiler's handle.
         is_quantized = str(func).startswith("quantized.")
         return tuple(self._packed(a) for a in args if is_quantized and isinstance(a, torch.ScriptObject))
 
     def _packed(self, weights: torch.ScriptObject) -> int:
-        """The value of the weights that a quantized module keeps in an object of its own."""
+        """The value of a quantized module's packed weights."""
         path = self.stack[-1].path if self.stack else ""
         known = self._packed_weights.get(id(weights))
         if known is None:
@@ -467,7 +469,7 @@ class Recorder(TorchFunctionMode):
         return known[0]
 
     def _alias_of(self, tensor: Tensor) -> int | None:
-        """The value of a view that no recorded call made, or None."""
+        """The value of a view, or of a ``torch.func`` wrapper, that no recorded call made; else None."""
         is_wrapped = is_transformed(tensor)
         base = untransformed(tensor) if is_wrapped else tensor._base
         value = None if base is None else self.memory.get(base)
@@ -481,7 +483,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _wrapped(self, tensor: Tensor) -> int | None:
-        """The value of a tensor that an unseen call made of known ones or took out of one, or None."""
+        """The value of a subclass that wraps known tensors, or of an inner tensor of a weight; else None."""
         whole = self._weight_parts.get(id(tensor))
         parts = inner_tensors(tensor) if whole is None else (whole[1],)
         known = [self.value_of(part) for part in parts if whole is not None or self._is_known(part)]
@@ -495,15 +497,13 @@ class Recorder(TorchFunctionMode):
         return self.memory.get(tensor) is not None or self._wrapped(tensor) is not None
 
     def _unwrap(self, tensor: Tensor, value: int) -> None:
-        """Give the tensors inside a transformed one, or one of another class, which outlive it, the same
-        value.
-        """
+        """Give the same value to the inner tensors of a transformed tensor or subclass: they outlive it."""
         for part in [untransformed(tensor)] if is_transformed(tensor) else inner_tensors(tensor):
             inner = self._infer("alias", (value,), part)
             self.memory.set(part, inner)
             self._unwrap(part, inner)
 
-    def _emerged(self, unseen: int, tensor: Tensor) -> int:
+    def _unseen_result(self, unseen: int, tensor: Tensor) -> int:
         """The value of the result of an unseen call."""
         name, operands = self._unseen[unseen]
         index = self._infer(name, operands, tensor)
@@ -522,13 +522,16 @@ class Recorder(TorchFunctionMode):
     def _infer(
         self, function: str, operands: tuple[int, ...], like: Tensor | Value, again: TracedCall | None = None
     ) -> int:
-        """Add a call that was not made, and give its result.
+        """Add a call that was not executed to the trace.
 
         Args:
-            function: of the call.
-            operands: of the call.
-            like: has the shape and dtype of the result.
+            function: name of the operation.
+            operands: values of the operands.
+            like: a tensor or value with the shape and dtype of the result.
             again: the call that this one repeats with another first operand.
+
+        Returns:
+            The value of its result.
         """
         run, values = self.stack[-1] if self.stack else None, self.trace.values
         arguments, keywords = tuple(map(Operand, operands)), {}
@@ -537,9 +540,17 @@ class Recorder(TorchFunctionMode):
             arguments = (arguments[0], *again.arguments[1:]) if starts_with_it else again.arguments
             keywords = dict(again.keywords)
         call = TracedCall(
-            -1, function, operands, (), arguments, keywords, run.path if run else "", run.nth if run else 0,
-            inferred=True, is_view=function in VIEWS,
-        )  # fmt: skip
+            -1,
+            function,
+            operands,
+            (),
+            arguments,
+            keywords,
+            run.path if run else "",
+            run.nth if run else 0,
+            inferred=True,
+            is_view=function in VIEWS,
+        )
         self._append(call)
         position = like.position if isinstance(like, Value) and again is not None else 0
         value = Value(len(values), Origin.CALL, tuple(like.shape), like.dtype, call.index, position)
@@ -549,23 +560,24 @@ class Recorder(TorchFunctionMode):
         return value.index
 
     def _is_zeroed(self, values: list[Any]) -> bool:
-        """Whether one factor is zeros, and as large as the product.
+        """Whether a constant factor of a product is all zeros and as large as the product.
 
-        A smaller one is a gain (a frozen norm's may start at 0).
+        A smaller factor is a gain (a frozen norm's may start at 0).
         """
         tensors = [value for value in values if isinstance(value, Tensor)]
         most = max(tensor.numel() for tensor in tensors)
         constant = [
-            t for t in tensors
+            t
+            for t in tensors
             if t.numel() == most > 1 and not t.is_meta and self.value_of(t) not in self._derived
-        ]  # fmt: skip
+        ]
         with without_modes():
             return any(not bool(tensor.any()) for tensor in constant)
 
     # --- unseen calls ---
 
     def _unseen_around(self, frame: Any) -> int | None:
-        """Which call of an ``autograd.Function`` a call is made in, also by a module in it."""
+        """The index in ``_unseen`` of the call inside which ``frame`` runs, or None."""
         found = _collective_inside(frame)
         if found is not None:
             return self._apply(found, "collective", is_listed=False)
@@ -581,8 +593,10 @@ class Recorder(TorchFunctionMode):
         return self._unseen_modules[-1] if self._unseen_modules else None
 
     def _apply(self, frame: Any, name: str, is_listed: bool = True) -> int:
-        """Note a call of an ``autograd.Function`` by its frame; one that is known to join nothing is not
-        listed.
+        """Note a call of an ``autograd.Function`` by its frame, and report it as hidden if it may merge.
+
+        Returns:
+            Its index in ``_unseen``.
         """
         if self._applied is not None and self._applied[0] is frame:
             return self._applied[1]
@@ -597,16 +611,16 @@ class Recorder(TorchFunctionMode):
         if not is_listed:
             return len(self._unseen) - 1
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
-            self._hide(name, IN_FUNCTION, source)
+            self._report_hidden(name, IN_FUNCTION, source)
         elif any(is_data):
             self._may_use_weights[len(self._unseen) - 1] = name, source
         return len(self._unseen) - 1
 
     def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
-        # A function that it was given may run modules.
+        # A function among its arguments may use weights that are not its operands.
         if unseen in self._may_use_weights and any(id(t) in self._weights for t in _tensors(args, kwargs)):
             name, source = self._may_use_weights.pop(unseen)
-            self._hide(name, IN_FUNCTION, source)
+            self._report_hidden(name, IN_FUNCTION, source)
         output = func(*args, **kwargs)
         if self.listener is not None:
             path = self.stack[-1].path if self.stack else ""
@@ -617,15 +631,15 @@ class Recorder(TorchFunctionMode):
         return output
 
     def run_scripted(self, function: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a scripted function, or a method of a scripted module, which no mode sees inside."""
+        """Run a scripted function or module method; a ``TorchFunctionMode`` sees no call inside it."""
         frame = _call_sites.caller()
         given = [self.value_of(tensor) for tensor in _data.tensors_in((args, kwargs))]
         self._unseen.append((f"scripted {function.name}", tuple(given)))
         is_data = any(self.trace.values[v].is_activation for v in given)
-        # A method's module is kept where no hook of ours is, and may hold weights.
+        # The module of a scripted method is not hooked, and may hold weights.
         joins = sum(v in self._derived for v in dict.fromkeys(given)) > 1
         if is_data and (joins or not isinstance(function, torch.jit.ScriptFunction)):
-            self._hide(str(function.name), SCRIPTED, _call_sites.source_of(frame))
+            self._report_hidden(str(function.name), SCRIPTED, _call_sites.source_of(frame))
         output = run(*args, **kwargs)
         before = set(map(id, _data.tensors_in((args, kwargs))))
         for tensor in _data.tensors_in(output):
@@ -633,7 +647,7 @@ class Recorder(TorchFunctionMode):
                 self.memory.set(tensor, -len(self._unseen))
         return output
 
-    def _hide(self, name: str, reason: str, source: str) -> None:
+    def _report_hidden(self, name: str, reason: str, source: str) -> None:
         path = self.stack[-1].path if self.stack else ""
         if not any((h.name, h.source, h.module) == (name, source, path) for h in self.trace.hidden):
             self.trace.hidden.append(Hidden(name, reason, source, path))
@@ -642,7 +656,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note, by hooks, which module runs, what it was given and what it returned."""
+        """Context in which hooks record each module run, with its inputs and outputs."""
         named = list(self.model.named_modules())
         places = {id(module): path for path, module in named}
 
@@ -659,7 +673,7 @@ class Recorder(TorchFunctionMode):
             self._constants.update(map(id, _attributes(module)))
         self._constants -= self._weights.keys()
         with ExitStack() as handles:
-            # Whole weights take the place of shards as a unit's forward begins.
+            # FSDP replaces shards by whole weights as a unit's forward begins.
             for unit in _sharding.units(self.model):
                 handles.callback(
                     unit.register_forward_pre_hook(lambda inner, *_: hold(inner.modules())).remove
@@ -695,7 +709,7 @@ class Recorder(TorchFunctionMode):
                 return
 
     def note_inputs(self, nest: Any) -> None:
-        """Take the tensors in a nest as inputs, but for those that are computed from inputs already."""
+        """Record the tensors in a nested structure as inputs, except those computed from inputs."""
         for tensor in _data.tensors_in(nest):
             known = self.memory.get(tensor)
             if known is not None and (known < 0 or self.trace.values[known].from_data):
@@ -721,9 +735,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _collective_inside(frame: Any) -> Any:
-    """The frame of the differentiable collective that ``frame`` called and that makes the present call, or
-    None.
-    """
+    """Find the frame of a differentiable collective between ``frame`` and the current call, if any."""
     inner = sys._getframe(3)
     while inner is not None and inner is not frame:
         applied = applied_function(inner)
@@ -734,15 +746,15 @@ def _collective_inside(frame: Any) -> Any:
 
 
 def _outside_of_the_call() -> Any:
-    """The outermost frame of the module call by which a hook of ours was reached."""
+    """The outermost frame of the module call that runs the current hook."""
     frame: Any = sys._getframe(2)
     while frame.f_back is not None and frame.f_back.f_code.co_filename == _MODULE:
         frame = frame.f_back
     return frame
 
 
-def _body(func: FunctionType) -> FunctionType:
-    """A copy of one of torch's Python functions that runs its body instead of calling the mode."""
+def _without_dispatch(func: FunctionType) -> FunctionType:
+    """A copy of a Python function of torch that runs its body instead of dispatching to the mode."""
     plain = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
     copied = FunctionType(
         func.__code__, {**func.__globals__, **plain}, func.__name__, func.__defaults__, func.__closure__
@@ -752,7 +764,7 @@ def _body(func: FunctionType) -> FunctionType:
 
 
 def _is_of_a_library(func: Any) -> bool:
-    """Whether a function is an operator that is not torch's own, or runs functions that it is given."""
+    """Whether a function is an operator of another library, or a control-flow operator of torch."""
     if any(kind.__name__ == "HigherOrderOperator" for kind in type(func).__mro__):
         return func.__name__ in _CONTROL
     is_operator = type(func).__name__ in {"OpOverload", "OpOverloadPacket"}
@@ -760,7 +772,7 @@ def _is_of_a_library(func: Any) -> bool:
 
 
 def _label(func: Any, call: TracedCall) -> str:
-    """The name by which a tap, which sees the function only, finds a call."""
+    """The function's own name, by which a tap identifies a lookup."""
     return getattr(func, "__name__", call.function)
 
 
@@ -785,7 +797,7 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _attributes(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors in a module's attributes, and in lists and dicts there."""
+    """The tensors among a module's attributes, and in lists, tuples and dicts there."""
     for value in vars(module).values():
         if isinstance(value, dict | list | tuple):
             if value:
@@ -800,7 +812,7 @@ _ATOM_TYPES = frozenset(_ATOMS)
 
 
 def _plain(argument: Any, values: Iterator[int]) -> Any:
-    """An argument as plain data."""
+    """Convert an argument to plain data; tensors take the next of ``values``."""
     kind = type(argument)
     if kind in _ATOM_TYPES:
         return argument
@@ -811,7 +823,7 @@ def _plain(argument: Any, values: Iterator[int]) -> Any:
     if isinstance(argument, _ATOMS):
         return argument
     if isinstance(argument, slice):
-        return slice(*(_whole(end) for end in (argument.start, argument.stop, argument.step)))
+        return slice(*(_as_int(end) for end in (argument.start, argument.stop, argument.step)))
     if isinstance(argument, dict):
         return {key: _plain(item, values) for key, item in argument.items()}
     return kind.__name__
@@ -824,12 +836,12 @@ def _is_float(tensor: Tensor) -> bool:
     return is_number(tensor.dtype)
 
 
-def _whole(end: Any) -> int | None:
+def _as_int(end: Any) -> int | None:
     return None if end is None else int(end)
 
 
 def _number(tensor: Tensor) -> int | None:
-    """The value of a single integer in CPU memory, or None."""
+    """The number in a tensor of a single integer in CPU memory. None for any other tensor."""
     if tensor.dtype not in _INTEGERS or tensor.numel() != 1 or tensor.device.type != "cpu":
         return None
     try:
@@ -845,7 +857,7 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 
 
 def _indexed(target: Tensor, index: Any) -> Tensor | None:
-    """The part at an index if it is a view, or None."""
+    """The part of a tensor at an index, if it is a view. None if it is a copy or the index is invalid."""
     try:
         part = target[index]
     except (RuntimeError, IndexError, TypeError):

@@ -1,7 +1,7 @@
-"""Calls that together replace every value of a tensor, each at places of its own: experts chosen by an id.
+"""Chains of masked writes that together replace every element of a tensor: experts chosen by an id.
 
-Where one of two masks is the contrary of the other that can be told from how they are made. Of other masks
-what this pass replaced is looked at.
+That one mask is the complement of another can be read from how they were computed (``finding._routes``). For
+other masks the elements that were replaced in this pass are compared here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _CHOOSING = frozenset({"setitem", "index_put", "index_copy", "masked_scatter", "
 
 
 class RoutedRows:
-    """Chains of calls that put something in place of a part of one tensor, by the value that the last gave.
+    """Chains of masked writes to disjoint parts of one tensor, keyed by the value of the last result.
 
-    A chain is what is replaced so far, the calls with the operand that each lets pass elsewhere, and how many
-    of them replaced anything.
+    A chain holds the mask of all elements replaced so far, the calls, each with the operand of which it keeps
+    the rest, and the number of calls that replaced anything.
     """
 
     def __init__(self):
         self._chains: dict[int, list[tuple[Tensor, tuple[tuple[TracedCall, int], ...], int]]] = {}
 
     def note(self, call: TracedCall, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note one call; where it is the last of a chain that leaves nothing, every call of it is told so."""
+        """Note one call. If it completes a chain that replaces every element, mark all calls of the chain."""
         if call.joins not in _CHOOSING or not call.results:
             return
         with without_modes():
@@ -41,7 +41,7 @@ class RoutedRows:
         self._chains[call.results[0]] = [chain for chain in extended if len(chain[1]) == longest]
 
     def _extended(self, call: TracedCall, i: int, chosen: Tensor) -> Any:
-        """The chain that goes on with a call, or begins with it."""
+        """The chain that continues with a call, or begins with it."""
         before, replaces = call.joined[i], int(bool(chosen.any()))
         for replaced, calls, replacing in self._chains.get(-1 if before is None else before, ()):
             if replaced.shape == chosen.shape and not bool((replaced & chosen).any()):
@@ -50,7 +50,7 @@ class RoutedRows:
 
 
 def _mark(calls: tuple[tuple[TracedCall, int], ...], end: int) -> None:
-    """Note in every call of a chain what it lets pass."""
+    """Set ``routed`` in every call of a complete chain."""
     first, at = calls[0]
     base = first.joined[at]
     put: tuple[int | None, ...] = ()
@@ -63,7 +63,7 @@ def _mark(calls: tuple[tuple[TracedCall, int], ...], end: int) -> None:
 def _replaced(
     call: TracedCall, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each operand that a call lets pass in part, and where it does not."""
+    """Yield each operand of which a call keeps a part, with the mask of the elements that it replaces."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     if any(t.is_meta or t.is_nested or t.layout != torch.strided for t in tensors) or len(tensors) < 2:
         return
@@ -87,6 +87,6 @@ def _replaced(
 
 
 def _is_chosen(index: Any) -> bool:
-    """Whether tensors say which part is meant."""
+    """Whether an index contains a tensor or a list."""
     parts = index if isinstance(index, tuple | list) else (index,)
     return any(isinstance(part, Tensor | list) for part in parts)

@@ -1,8 +1,8 @@
-"""The value that a tensor holds now, also after a write into memory that it shares.
+"""The current value of each live tensor, also after writes into memory that it shares.
 
 Tensors are held by weak references only, so recording needs no memory for activations. A write through a view
-changes the whole tensor too: the whole becomes a new value, computed from the old one and from what was
-written. Any other view of that memory is computed from the new whole when it is next used.
+changes the whole tensor too: the whole becomes a new value, computed from its old value and the written one.
+Any other view of that memory is recomputed from the new whole when it is next read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skipscope.shortcuts.trace._recorded_trace import Trace
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """An identifier of a tensor's memory; None where it has no memory of its own."""
+    """An identifier of a tensor's memory. None if it has no memory of its own."""
     try:
         storage = tensor.untyped_storage()
         return storage.data_ptr() or -memory_without_address(storage) or None
@@ -26,24 +26,24 @@ def memory_of(tensor: Tensor) -> int | None:
 
 
 class Memory:
-    """Values of live tensors.
+    """Map from live tensors to their current values.
 
     Args:
-        trace: whose values they are.
-        infer: notes a call that was not made, and gives its result.
+        trace: the trace that holds the values.
+        infer: function that adds a call that was not executed, and returns the value of its result.
     """
 
     def __init__(self, trace: Trace, infer: Callable[..., int]):
         self.trace, self.infer = trace, infer
         self._values: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
-        # By memory: the value of all of it, and when it was written.
+        # Memory -> the value of the whole tensor, and the number of the last write to it.
         self._wholes: dict[int, tuple[int, int]] = {}
-        # By what a write gave: what was there before.
+        # The value after a write -> the value before it.
         self._before: dict[int, int] = {}
         self._writes = 0
 
     def get(self, tensor: Tensor) -> int | None:
-        """The value that a tensor holds now, or None if it is unknown."""
+        """The current value of a tensor. None if it is unknown."""
         entry = self._values.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None
@@ -56,14 +56,14 @@ class Memory:
         return value
 
     def set(self, tensor: Tensor, value: int) -> None:
-        """Set the value that a tensor holds."""
+        """Set the current value of a tensor."""
         self._values[id(tensor)] = (weakref.ref(tensor), value, self._writes)
 
     def wrote(self, tensor: Tensor, before: int, after: int) -> tuple[int, int] | None:
         """Note that a call wrote into a tensor.
 
         Returns:
-            Where the tensor is a part of another: the value of all of that, before and after. Else None.
+            If the tensor is a part of another: the values of the whole before and after. Else None.
         """
         memory = memory_of(tensor)
         root, views = self._views(before)
@@ -82,7 +82,7 @@ class Memory:
         return (whole, new) if is_part else None
 
     def _views(self, value: int) -> tuple[int, list[int]]:
-        """The value of which ``value`` is a view, and the views between them, from the last to the first."""
+        """The value of which ``value`` is a view, and the views in between, the last first."""
         values, calls, views = self.trace.values, self.trace.calls, []
         while True:
             call = values[value].call
@@ -95,7 +95,7 @@ class Memory:
                 return value, views
 
     def _read_again(self, value: int, whole: int) -> int:
-        """The same view of the current whole."""
+        """Take the views that led to ``value`` again, from the current whole."""
         values, now = self.trace.values, whole
         for view in reversed(self._views(value)[1]):
             call = self.trace.calls[values[view].call or 0]

@@ -1,7 +1,7 @@
 """Edited twins: modules that run their class's own code with some operands of some calls rewritten.
 
-``_plan`` says what is edited, ``_eager_pass`` and ``_compiled_pass`` rewrite the calls of one pass, and
-``_edited_class`` makes the classes whose methods begin such a pass.
+``_plan`` defines the edits, ``_eager_pass`` and ``_compiled_pass`` rewrite the calls of one pass, and
+``_edited_class`` creates the classes whose methods begin such a pass.
 """
 
 from skipscope.shortcuts.twin._edited_class import follow as follow

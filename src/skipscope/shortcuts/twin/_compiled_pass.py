@@ -1,7 +1,6 @@
-"""Edits in code that is being compiled, which has no frames: a call is known by how many of its operation
-came before.
+"""Edits in compiled code, which has no frames: a call is identified by its index among equal operations.
 
-They are counted from where the host's forward began, and what it counted is checked when that forward ends.
+Calls are counted from the start of the host's forward, and the count is checked when that forward ends.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
     """Compile the forward of an edited module.
 
     Raises:
-        SkipscopeError: its calls are not those of the pass in which the shortcuts were found.
+        SkipscopeError: its calls differ from those of the pass in which the shortcuts were found.
     """
     group = plan.group
     if not torch.compiler.is_compiling():
-        # Torch gave up compiling in between: code compiled in pieces from here on would edit nothing.
+        # A graph break: pieces compiled from here on would not be edited, so run eagerly instead.
         eagerly: Any = torch.compiler.disable(_eager_pass.run_module)
         return eagerly(module, plan, run, args, kwargs)
     if any(edit.startswith(REWIRED) for edit in group.edits[:-1]):
@@ -53,17 +52,17 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
 
 
 def run_method(plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
-    """Compile another method of an edited module.
+    """Compile a method of an edited module other than its forward.
 
     Raises:
-        SkipscopeError: it may hold merges that are edited, of which nobody counts the calls.
+        SkipscopeError: it may hold edited merges, whose calls are counted only within a forward.
     """
     root = plan.group.root
     for near in (plan,) if root is None else (plan, root):
         for site in near.calls:
             if plan.group.compiled is None and ".forward:" not in site:
                 raise SkipscopeError(
-                    "ablate",
+                    plan.group.operation,
                     "in a method other than forward, compiled by itself, edits cannot be assigned to calls",
                     got=f"an edited merge at {site}",
                     cure="compile the twin, or call the method of the twin uncompiled",
@@ -82,13 +81,14 @@ class _CompiledPass(TorchFunctionMode):
         self.edited = 0
         self.passing: dict[Any, Any] = {}
         self.is_reading = False
-        self.ran: dict[int, tuple[Plan, int]] = {}  # by plan, how many calls were edited
+        self.ran: dict[int, tuple[Plan, int]] = {}  # id of a plan -> the plan, and its number of edited calls
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "unflatten":
-            func = torch.unflatten  # the tensor's method is Python that torch 2.6 cannot trace from in here
+            # The method of Tensor is Python code that torch 2.6 cannot trace inside a mode.
+            func = torch.unflatten
         operation = None if self.is_reading else _operations.OPERATIONS.get(name)
         if operation is None:
             return func(*args, **kwargs)
@@ -105,15 +105,14 @@ class _CompiledPass(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _count(self, module: nn.Module) -> int:
-        """How many times a module's forward had run before."""
+        """The number of earlier runs of a module's forward in this pass."""
         time = self.times.get(id(module), 0)
         self.times[id(module)] = time + 1
         return time
 
     def run(self, module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
-        """Run a forward, and refuse when its calls were not those of the traced one."""
-        # Looked at only where it is needed: code that depends on which module it is would be compiled for
-        # each block.
+        """Run a forward, and refuse if its calls differ from those of the traced pass."""
+        # Count runs only if needed: code that depends on the module would be compiled for each block.
         call = 0 if plan.every_call_alike else self._count(module)
         before, already = dict(self.counts), self.edited
         self.open.append((plan, call, before))

@@ -1,7 +1,7 @@
-"""Edits in eager code: a call is known by its frames, which loops of any length leave right.
+"""Edits in eager code: a call is identified by its stack frames, which works in loops of any length.
 
-A pass begins with the outermost call of an edited module. When it ends, it is checked: a pass in which merges
-ran and reached none of the edits is refused, or reported where the edited modules did not run at all.
+A pass begins with the outermost call of an edited module. It is checked at its end: if merges ran but none
+was an edited merge, an error is raised; if the edited modules did not run at all, the user is warned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.twin._join import SECOND_READER, Join
 from skipscope.shortcuts.twin._plan import Plan, Rule, edited, plan_of
 
-# What may join a shortcut and a branch, and is no product or choice, of which any code is full.
+# Operations that may join a shortcut and a branch. Products and selections are excluded: most code has them.
 _MERGES = (
     {one.name for one in _operations.OPERATIONS.values()}
     - _operations.PRODUCTS
@@ -46,18 +46,18 @@ def run_module(
     Args:
         module: the edited module.
         plan: its plan.
-        run: what to run: its forward, its call or another method.
-        args: what that is called with.
-        kwargs: the same by name.
-        method: the name of the other method.
+        run: function to run: its forward, its ``__call__`` or another method.
+        args: positional arguments of ``run``.
+        kwargs: keyword arguments of ``run``.
+        method: name of the method, if it is neither forward nor ``__call__``.
 
     Raises:
         SkipscopeError: the pass ran other code than that in which the shortcuts were found.
     """
     around: _EagerPass | None = getattr(_thread, "current", None)
     if around is not None and around.group is plan.group:
-        begins_anew = method is None and plan is plan.group.root and not around.is_integer
-        if not begins_anew:
+        begins_whole_twin = method is None and plan is plan.group.root and not around.is_whole_twin
+        if not begins_whole_twin:
             around.ran[id(module)] = plan
             return run(*args, **kwargs)
     this = _thread.current = _EagerPass(module, plan, method)
@@ -79,20 +79,21 @@ class _EagerPass(TorchFunctionMode):
     Args:
         module: the outermost module.
         plan: its plan.
-        method: the method that was called, or None for the forward.
+        method: name of the method that was called, or None for the forward.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, method: str | None):
         super().__init__()
         self.group, self.outermost, self.method = plan.group, module, method
-        self.is_integer = method is None and plan is plan.group.root
+        self.is_whole_twin = method is None and plan is plan.group.root
         self.members = set(map(id, module.modules()))
         self.ran = {id(module): plan}
         self.counts: Counter[tuple[int, str]] = Counter()
-        self.reached: set[int] = set()  # plans of which an edit was reached
-        self.unknown: dict[int, str] = {}  # by plan, a merge that was not seen when the shortcuts were found
+        self.reached: set[int] = set()  # ids of the plans with an edited call in this pass
+        # Id of a plan -> site of a merge that was not there when the shortcuts were found.
+        self.unknown: dict[int, str] = {}
         self.merged = self.used_weights = False
-        self.passing: dict[Any, Any] = {}  # what connections keep from one call to another
+        self.passing: dict[Any, Any] = {}  # state of connections between their calls
         self.is_reading = False
         self.used: dict[int, weakref.ref[Tensor]] = {}
 
@@ -105,7 +106,7 @@ class _EagerPass(TorchFunctionMode):
         return output
 
     def _note_uses(self, waiting: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """Note what a call computes from, and refuse it where a connection has read that for its merge."""
+        """Note the inputs of a call, and refuse an input that a connection has read for its merge."""
         outputs = output if isinstance(output, tuple | list) else (output,)
         if not any(isinstance(t, Tensor) for t in outputs):
             return
@@ -117,7 +118,7 @@ class _EagerPass(TorchFunctionMode):
                 if value is x and key in self.passing:
                     raise self.passing[key, "join"].misfit(SECOND_READER)
         for made in outputs:
-            self.used.pop(id(made), None)  # written in place: what was used is no more
+            self.used.pop(id(made), None)  # after an in-place write the used value no longer exists
 
     def is_used(self, x: Tensor) -> bool:
         """Whether a call of this pass has computed something from ``x``."""
@@ -126,7 +127,7 @@ class _EagerPass(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = kwargs or {}
-        # A compiled block inside eager code is traced under this mode, and edits itself.
+        # A compiled block inside eager code is traced under this mode, and applies its own edits.
         if torch.compiler.is_compiling() or _thread.current is not self:
             return func(*args, **kwargs)
         if self.method is not None and not self.used_weights:
@@ -145,7 +146,7 @@ class _EagerPass(TorchFunctionMode):
         return edited(rules, operation, func, args, kwargs, values, self)
 
     def _rules(self, operation: _operations.Operation, values: list[Any]) -> list[Rule | Join] | None:
-        """What is edited in the call that the model's code makes now; None where nothing is."""
+        """The rules for the call that the model's code is making. None if it is not edited."""
         if operation.name not in _MERGES and operation.name not in self.group.operations:
             return None
         frame = _call_sites.caller()
@@ -164,12 +165,12 @@ class _EagerPass(TorchFunctionMode):
         self.counts[id(plan), site] += 1
         if site in plan.everywhere:
             return plan.everywhere[site]
-        if not self.is_integer and (host is None or plan.runs > 1):
+        if not self.is_whole_twin and (host is None or plan.runs > 1):
             _refuse_ambiguous(plan, site)
         return plan.rules.get((site, nth))
 
     def _host(self, frame: Any) -> nn.Module | None:
-        """The module whose forward runs innermost, by the same rule as when the shortcuts were found."""
+        """The innermost module whose forward runs, determined as when the shortcuts were found."""
         while frame is not None:
             if _call_sites.is_model_code(frame):
                 module = _call_sites.first_argument(frame)
@@ -179,9 +180,7 @@ class _EagerPass(TorchFunctionMode):
         return None
 
     def _plan(self, host: nn.Module | None, site: str) -> Plan | None:
-        """The plan by which a call is edited; outside of every forward that is the outermost module's or the
-        twin's.
-        """
+        """The plan that edits a call; outside every forward, that of the outermost module or of the twin."""
         if host is not None:
             plan = plan_of(host)
             return plan if plan is not None and plan.group is self.group else None
@@ -189,16 +188,12 @@ class _EagerPass(TorchFunctionMode):
         return root if root is not None and site in root.calls else own
 
     def _is_compiled(self, frame: Any) -> bool:
-        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been
-        edited.
-        """
+        """Whether the call is in a graph of ``torch.compile``'s eager backend, and so edited already."""
         is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
         return is_generated and id(_call_sites.first_argument(frame)) not in self.members
 
     def _joins_activations(self, values: list[Any]) -> bool:
-        """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no
-        losses.
-        """
+        """Whether a call joins two or more tensors other than weights and, in other methods, losses."""
         least = 0 if self.method is None else 2
         return (
             sum(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.ndim >= least for v in values)
@@ -206,14 +201,14 @@ class _EagerPass(TorchFunctionMode):
         )
 
     def _may_have_been_compiled(self) -> bool:
-        """Whether edited calls may have run in compiled code, which edits itself and tells nobody."""
+        """Whether edited calls may have run in compiled code, which this pass does not see."""
         return self.group.has_compiled or any(
             module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
             for module in self.outermost.modules()
         )
 
     def check(self) -> None:
-        """Refuse a pass that was not edited, or say so."""
+        """Refuse a pass in which no edit was reached, or warn about it."""
         group = self.group
         outside = self.unknown.pop(id(self._plan(None, "")), None) if self.method is not None else None
         for plan in self.ran.values():
@@ -222,20 +217,20 @@ class _EagerPass(TorchFunctionMode):
         if self.reached or not group.sites:
             return
         if self.method is not None and self.used_weights and outside is not None:
-            _refuse_method(self.method, outside)
-        if self.is_integer and self.merged and not group.has_warned and not self._may_have_been_compiled():
+            _refuse_method(group.operation, self.method, outside)
+        if self.is_whole_twin and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
-                "ablate: none of the edited shortcuts was reached in this pass of the twin, so it returned"
-                " the output of the network as built. Find the shortcuts with inputs of this kind and in"
-                " this mode: ss.find_shortcuts(twin, inputs).",
+                f"{group.operation}: none of the edited shortcuts was reached in this pass of the twin, so it"
+                " returned the output of the network as built. Find the shortcuts with inputs of this kind"
+                " and in this mode: ss.find_shortcuts(twin, inputs).",
                 stacklevel=4,
             )
 
 
 def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate",
+        plan.group.operation,
         "a part of the twin was run by itself, and which of its merges are edited is known only where the "
         "twin runs as a whole",
         layer=plan.rules_at(site)[0].name,
@@ -245,9 +240,9 @@ def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     )
 
 
-def _refuse_method(method: str, site: str) -> NoReturn:
+def _refuse_method(operation: str, method: str, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate",
+        operation,
         f"the method {method} merges by code of its own, in which no shortcuts were looked for",
         expected="a method that runs the code in which the shortcuts were found",
         got=f"a merge at {site}",

@@ -1,7 +1,7 @@
 """The classes of edited modules: subclasses of the same name whose methods begin an edited pass.
 
-Weights, ``state_dict`` keys and attributes of a module stay as they are; a forward that was set on the
-instance moves to an attribute of its own, since it would stand before the class's.
+Weights, ``state_dict`` keys and attributes of a module stay unchanged. A forward that was set on the instance
+moves to another attribute, since it would shadow the class's forward.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from skipscope._errors import SkipscopeError
 from skipscope._rebinding import eager
 from skipscope._torch_private import forward_hooks
 from skipscope.shortcuts.twin import _compiled_pass, _eager_pass
-from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, plan_of, shares_parameters
+from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, operation_of, plan_of, shares_parameters
 
 _FORWARD = "_skipscope_forward"
 
 
 def follow(module: nn.Module, group: Group) -> Plan:
-    """The module's plan; the module becomes one that follows it."""
+    """Turn a module into an edited module of ``group``, and return its plan."""
     plan = plan_of(module)
     if plan is None:
         plan = module.__dict__[PLAN] = Plan(group)
@@ -34,7 +34,8 @@ def follow(module: nn.Module, group: Group) -> Plan:
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             module.__dict__[_FORWARD] = own
         module.__class__ = _edited_class(type(module))
-    elif plan.group is not group:  # an edited twin is edited again: all its modules move to the new group
+    elif plan.group is not group:
+        # An edited twin is edited again: move all its modules to the new group.
         for other in module.modules():
             if (old := plan_of(other)) is not None:
                 group.has_readers |= old.group.has_readers
@@ -47,10 +48,10 @@ def follow(module: nn.Module, group: Group) -> Plan:
 
 
 def follow_callers(twin: nn.Module, group: Group) -> None:
-    """Let those modules begin a pass too that run edited code other than by a forward of their class.
+    """Turn modules that run edited code outside of their class's forward into edited modules too.
 
     Code in another method, in a hook or in a forward that was set on the instance is edited by the plan of
-    the module around it, and may be called by itself.
+    the module around it, and may be called on its own, so it must be able to begin a pass.
     """
     functions = {site.partition(":")[0] for site in group.sites}
     classes = {name.rpartition(".")[0] for name in functions if not name.endswith(".forward")} - {""}
@@ -65,7 +66,7 @@ def follow_callers(twin: nn.Module, group: Group) -> None:
 
 
 def _qualified_name(function: Any) -> str:
-    """The name of the function that runs when something is called."""
+    """The qualified name of the function that runs when ``function`` is called."""
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
@@ -93,7 +94,7 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward_of(original: type[nn.Module]) -> Any:
-    """The forward of an edited class: an edited pass, or a part of the one under way."""
+    """The forward of an edited class, which begins an edited pass or joins the current pass."""
     plain = eager(original.forward)
     is_compiled = plain is not original.forward
 
@@ -101,17 +102,18 @@ def _forward_of(original: type[nn.Module]) -> Any:
         own = self.__dict__.get(_FORWARD)
         if getattr(own, "__func__", None) is forward:
             raise SkipscopeError(
-                "ablate",
+                operation_of(self),
                 "the twin lost the forward that was set on its original: pickle knows a method by its name"
                 " only",
                 got=type(self).__name__,
                 cure="give the method to the model's class, or edit the model after loading it",
             )
-        # Looked up again: a graph module's class gets another forward when its graph has changed.
+        # Look the forward up at each call: a graph module's class gets a new forward when its graph changes.
         plainly = functools.partial(plain if is_compiled else original.forward, self)
-        run = plainly if own is None else own  # torch 2.6 cannot compile the truth of a partial
+        run = plainly if own is None else own  # not `own or plainly`: torch 2.6 cannot compile bool(partial)
         plan = plan_of(self)
-        if plan is None:  # another instance, made by the twin's class
+        # Another instance, created from the twin's class, has no plan.
+        if plan is None:
             return run(*args, **kwargs)
         this = plan.group.compiled if torch.compiler.is_compiling() else _eager_pass.pass_of(plan)
         if this is not None:
@@ -119,18 +121,18 @@ def _forward_of(original: type[nn.Module]) -> Any:
                 args, kwargs = join.given(args, kwargs, this)
         if torch.compiler.is_compiling():
             return _compiled_pass.run_forward(self, plan, run, args, kwargs)
-        _refuse_symbolic((args, kwargs))
+        _refuse_symbolic(self, (args, kwargs))
         return _eager_pass.run_module(self, plan, run, args, kwargs)
 
     return forward
 
 
 def _call_of(original: type[nn.Module], forward: Any) -> Any:
-    """The call of an edited class. Hooks may merge too, so the pass begins before them."""
+    """The ``__call__`` of an edited class. Hooks may merge too, so the pass begins before them."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, plan = functools.partial(original.__call__, self), plan_of(self)
-        # Compiled code edits itself in forward, and a tracer may take the module as a whole.
+        # Compiled code is edited in forward, and a tracer may treat the module as a leaf.
         edits_itself = torch.compiler.is_compiling() or self._compiled_call_impl is not None
         if plan is None or edits_itself or _is_symbolic((args, kwargs)):
             return run(*args, **kwargs)
@@ -141,7 +143,7 @@ def _call_of(original: type[nn.Module], forward: Any) -> Any:
 
 
 def _copies_of(original: type[nn.Module]) -> dict[str, Any]:
-    """What pickles, copies and recompiles: the class is made again, its plan goes along."""
+    """Methods for pickling, copying and recompiling, which recreate the class and keep the plan."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         inherited: Any = original.__reduce_ex__
@@ -153,14 +155,15 @@ def _copies_of(original: type[nn.Module]) -> dict[str, Any]:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         inherited: Any = original
         copied, plan = inherited.__deepcopy__(self, memo), plan_of(self)
-        if plan is not None and plan_of(copied) is None:  # a graph module makes another class
+        # The copy of a graph module has a new class and no plan.
+        if plan is not None and plan_of(copied) is None:
             copied.__dict__[PLAN] = plan.__deepcopy__(memo)
             if not isinstance(copied, _edited_class(original)):
                 copied.__class__ = _edited_class(type(copied))
         return copied
 
     def recompile(self: Any) -> Any:
-        self.__class__ = original  # it sets the forward of its instance's class
+        self.__class__ = original  # recompile sets the forward of the instance's class
         try:
             return self.recompile()
         finally:
@@ -174,7 +177,7 @@ def _copies_of(original: type[nn.Module]) -> dict[str, Any]:
 
 
 def _refusals_of(original: type[nn.Module]) -> dict[str, Any]:
-    """What would change the original's parameters through a twin that shares them."""
+    """Methods that refuse to change the original's parameters through a twin that shares them."""
 
     def apply(self: nn.Module, function: Any, *args: Any, **kwargs: Any) -> nn.Module:
         _refuse_if_shared(self, "move or convert the original first, or make the twin with share=False")
@@ -200,24 +203,23 @@ def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -
 def _refuse_if_shared(module: nn.Module, cure: str) -> None:
     if shares_parameters(module):
         raise SkipscopeError(
-            "ablate",
+            operation_of(module),
             "this twin shares its parameters with the original, which would be changed too",
             cure=cure,
         )
 
 
-# --- other methods
-# ----------------------------------------------------------------------------------------------------
+# --- other methods ---
 
 
 def _own_methods(original: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The methods that a class has beside those of every module."""
+    """Yield the methods of a class that ``nn.Module`` does not have."""
     seen = set(dir(nn.Module))
     for kind in original.__mro__:
         if kind.__module__.partition(".")[0] in {"torch", "builtins"}:
             continue
         for name, method in vars(kind).items():
-            # What a generator or a coroutine runs, it runs when the call is over.
+            # The body of a generator or coroutine runs after the call, outside of the pass.
             runs_later = inspect.isgeneratorfunction(method) or inspect.iscoroutinefunction(method)
             if name not in seen and isinstance(method, types.FunctionType) and not runs_later:
                 yield name, method
@@ -239,14 +241,11 @@ def _within_pass(name: str, method: Any) -> Any:
     return within_pass
 
 
-# --- tracers
-# ----------------------------------------------------------------------------------------------------------
+# --- tracers ---
 
 
 def _seen_into(own: Any, forward: Any) -> Any:
-    """A context in which a compiled forward that was set on a twin runs eagerly, unless it is the edited
-    one.
-    """
+    """Context in which a compiled forward set on a twin runs eagerly, unless it is the edited forward."""
     inside = None if own is None else eager(own)
     if inside is own or getattr(inside, "__func__", None) is forward:
         return nullcontext()
@@ -254,7 +253,7 @@ def _seen_into(own: Any, forward: Any) -> Any:
 
 
 def _is_symbolic(value: Any) -> bool:
-    """Whether arguments are those of ``torch.fx.symbolic_trace``."""
+    """Whether arguments contain a proxy of ``torch.fx.symbolic_trace``."""
     if isinstance(value, (tuple, list)):
         return any(map(_is_symbolic, value))
     if isinstance(value, dict):
@@ -262,10 +261,10 @@ def _is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.fx.Proxy)
 
 
-def _refuse_symbolic(arguments: Any) -> None:
+def _refuse_symbolic(self: nn.Module, arguments: Any) -> None:
     if _is_symbolic(arguments):
         raise SkipscopeError(
-            "ablate",
+            operation_of(self),
             "torch.fx.symbolic_trace runs an edited twin on symbols, and would give the network as built",
             got="torch.fx.Proxy",
             cure=(
@@ -277,7 +276,7 @@ def _refuse_symbolic(arguments: Any) -> None:
 
 def _refuse_script(self: nn.Module) -> nn.Module:
     raise SkipscopeError(
-        "ablate",
+        operation_of(self),
         "torch.jit.script reads an edited twin's source, and would give the network as built",
         got=type(self).__name__,
         cure="torch.jit.trace(twin, inputs) and torch.export.export(twin, (inputs,)) keep the edits",

@@ -1,4 +1,4 @@
-"""The rules of a rewired twin: what takes the place of a sum, and of what the branch reads."""
+"""The rules of a rewired twin, which replace a sum by a connection, and possibly the branch's input."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SECOND_READER = "something else uses the fork's tensor too"
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """A sum of a shortcut and a branch that is computed by a connection.
+    """A rule that replaces a sum of a shortcut and a branch by a connection.
 
     Attributes:
         place: the operand that carries the shortcut.
         branch: number of the operand that carries the branch.
-        name: of the shortcut, for errors.
+        name: name of the shortcut, for errors.
         module: the connection, or the chain.
-        reads: it also gives the branch another input than the fork's tensor.
-        index: the place in a chain; 0 where there is none.
+        reads: whether it also replaces the branch's input by the connection's ``read``.
+        index: position of the merge in a chain; 0 if there is no chain.
     """
 
     place: Place
@@ -50,25 +50,23 @@ class Join:
 
     @property
     def action(self) -> Any:
-        """What distinguishes this rule from others at the same place."""
+        """Value that is equal for equal rules, to compare the rules of several calls."""
         return id(self.module), self.index
 
     def read(self, x: Tensor, passing: dict[Any, Any]) -> Tensor:
-        """What the branch is given in place of ``x``."""
+        """The branch's input, which replaces ``x``."""
         read = self.module.read(x)
         passing[self.name], passing[self.name, "join"] = x, self
         return read
 
     def result(self, x: Tensor, f: Tensor, passing: dict[Any, Any]) -> Tensor:
-        """What the merge gives in place of ``x + f``."""
+        """The merge's output, which replaces ``x + f``."""
         if self.reads:
             self._expect(x, passing.pop(self.name, None))
         return self.module.write(x, f)
 
     def _expect(self, x: Tensor, handed: Any) -> None:
-        """Refuse a merge whose shortcut is another tensor than expected; compiled code was looked at
-        before.
-        """
+        """Refuse a merge whose shortcut is another tensor than expected; compiled code is checked earlier."""
         if handed is None or (not torch.compiler.is_compiling() and handed is not x):
             raise self.misfit("the shortcut carries another tensor than the one that was read")
 
@@ -80,12 +78,12 @@ class Join:
         values: list[Any],
         passing: dict[Any, Any],
     ) -> Tensor:
-        """The call ``x + f`` as the connection makes it, in place where the call is."""
+        """The connection's result for the call ``x + f``; in place if the call is."""
         if len(args) > 2 or kwargs.keys() - {"input", "other"}:
             raise self.misfit("the sum has further arguments")
         if not operation.in_place:
             return self.result(values[self.place.operand], values[self.branch], passing)
-        # What is overwritten may be saved for the way back.
+        # The connection may save its operands for the backward pass, so do not overwrite them.
         whole = values[0].clone()
         x, f = (whole if i == 0 else values[i] for i in (self.place.operand, self.branch))
         return values[0].copy_(self.result(x, f, passing))
@@ -93,16 +91,15 @@ class Join:
     def given(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], this: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of the module that the fork feeds, with what the connection reads in place of the first
-        tensor.
+        """Replace the first tensor input of the module that the fork feeds by the connection's ``read``.
 
         Args:
-            args: its inputs as built.
-            kwargs: the same by name.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
             this: the current pass.
 
         Raises:
-            SkipscopeError: something else has used the fork's tensor before.
+            SkipscopeError: another call has used the fork's tensor before.
         """
         at = next((i for i, value in enumerate(args) if isinstance(value, Tensor)), None)
         name = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
@@ -119,7 +116,7 @@ class Join:
         return args, {**kwargs, str(name): read}
 
     def misfit(self, got: str) -> SkipscopeError:
-        """The refusal of a merge that this kind does not fit."""
+        """The error for a merge that this kind of connection does not fit."""
         return SkipscopeError(
             "rewire",
             "this kind of connection does not fit this merge",
@@ -134,7 +131,7 @@ class Join:
 
 @dataclass(frozen=True, eq=False)
 class ChainJoin(Join):
-    """A merge of a chain: the output of one merge is what the next one's shortcut must carry."""
+    """The rule for one merge of a chain, in which each merge's output must be the next merge's shortcut."""
 
     def read(self, x: Tensor, passing: dict[Any, Any]) -> Tensor:
         state, h = self.module.begin(x)

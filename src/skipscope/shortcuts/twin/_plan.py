@@ -1,6 +1,4 @@
-"""The edits of a twin: which operands of which calls change, and to what; and a call with its operands
-rewritten.
-"""
+"""Plans of a twin: which operands of which calls are rewritten, and how; and the rewriting of a call."""
 
 from __future__ import annotations
 
@@ -19,17 +17,17 @@ from skipscope.shortcuts.trace import _operations
 from skipscope.shortcuts.twin._join import Join
 
 PLAN = "_skipscope_plan"
-REWIRED = "rewired: "  # how an edit begins, in words, that put other connections in place of sums
+REWIRED = "rewired: "  # prefix of a rewiring in Group.edits
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What happens to one operand of one call.
+    """A rule that rewrites one operand of one call.
 
     Attributes:
         place: the operand.
-        factor: None detaches; 0 gives zeros; anything else multiplies.
-        name: of the shortcut, for errors.
+        factor: None detaches, 0 gives zeros, and any other factor multiplies.
+        name: name of the shortcut, for errors.
     """
 
     place: Place
@@ -37,31 +35,32 @@ class Rule:
     name: str
 
     def __deepcopy__(self, memo: Any) -> Rule:
-        return self  # a strength tensor stays the user's own, so that its gradient can be read
+        return self  # not copied: the user reads the gradient of their own strength tensor
 
     @property
     def action(self) -> Any:
-        """What distinguishes this rule from others at the same call."""
+        """Value that is equal for equal rules, to compare the rules of several calls."""
         return self.place.operand, self.factor
 
 
 @dataclass(eq=False)
 class Group:
-    """What all edited modules of one twin share.
+    """State shared by all edited modules of one twin.
 
     Attributes:
-        boundaries: of the original.
-        shares: whether the parameters are the original's own.
-        edits: what was done, in words, one edit after the other.
+        boundaries: boundaries of the original.
+        shares: whether the twin shares its parameters with the original.
+        edits: description of each edit, in order.
         known: source lines of the merges that were seen when the shortcuts were found.
-        sites: of all edited calls.
-        operations: of all edited calls.
-        root: the plan of the twin itself, by which merges outside of every module's forward are edited.
+        sites: sites of all edited calls.
+        operations: operations of all edited calls.
+        root: the plan of the twin itself, which edits merges outside of every module's forward.
         compiled: the current pass while code is compiled.
         has_warned: whether the user was warned that a pass reached no edit.
-        has_readers: connections read what some modules are given.
-        runs_eagerly: an edited call is in a compiled function that a forward calls: it runs as it is written.
-        has_compiled: an edited call is in a module that was compiled, where no pass in eager code sees it.
+        has_readers: whether connections replace the inputs of some modules.
+        runs_eagerly: whether an edited call is in a compiled function that a forward calls. Such a function
+            is run eagerly.
+        has_compiled: whether an edited call is in a compiled module, where an eager pass does not see it.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -77,6 +76,11 @@ class Group:
     runs_eagerly: bool = False
     has_compiled: bool = False
 
+    @property
+    def operation(self) -> str:
+        """Name of the public function that made the twin, for its errors."""
+        return "rewire" if self.edits and self.edits[-1].startswith(REWIRED) else "ablate"
+
     def __deepcopy__(self, memo: Any) -> Group:
         # A copy has parameters of its own.
         copied = memo[id(self)] = replace(self, shares=False, root=None, compiled=None)
@@ -90,15 +94,15 @@ class Plan:
     """The edits in one module's forward.
 
     Attributes:
-        group: the twin it belongs to.
-        rules: by site and occurrence.
-        everywhere: by site, where every occurrence is edited alike: loops that run longer than the traced one
-            too.
-        counted: by call of the host, operation and index in it, for compiled code.
-        among: by operation, how many calls of it one run of the host makes.
-        calls: by site, in which runs of the host it is edited.
-        runs: how many times the host ran when the shortcuts were found.
-        reads: what the module is given in place of its first tensor.
+        group: the group of the twin it belongs to.
+        rules: site and occurrence -> rules.
+        everywhere: site -> rules, if every occurrence is edited alike. This covers loops that run longer than
+            in the trace.
+        counted: run of the host, operation and index within the run -> rules, for compiled code.
+        among: operation -> number of its calls in one run of the host.
+        calls: site -> the runs of the host in which it is edited.
+        runs: number of runs of the host when the shortcuts were found.
+        reads: joins that replace the module's first tensor input.
     """
 
     group: Group
@@ -112,12 +116,13 @@ class Plan:
 
     def __deepcopy__(self, memo: Any) -> Plan:
         group = memo.get(id(self.group)) or self.group.__deepcopy__(memo)
-        if id(self) not in memo:  # the root's has been copied with its group
+        # The root's plan is copied with its group.
+        if id(self) not in memo:
             memo[id(self)] = self.copied(group, memo)
         return memo[id(self)]
 
     def copied(self, group: Group, memo: dict[int, Any]) -> Plan:
-        """A plan of its own with the same rules; connections are those of the copy."""
+        """A copy of the plan in another group, with the copied connections in ``memo``."""
         tables: tuple[Any, ...] = (self.rules, self.everywhere, self.counted)
         rules, everywhere, counted = (
             {key: copy.deepcopy(rules, memo) for key, rules in table.items()} for table in tables
@@ -135,16 +140,16 @@ class Plan:
 
     @property
     def every_call_alike(self) -> bool:
-        """Whether the host's forward is edited alike in each of its calls."""
+        """Whether the host's forward is edited alike in each of its runs."""
         every_call = set(range(self.runs))
         return len(self.everywhere) == len(self.calls) and all(c == every_call for c in self.calls.values())
 
     def edits_in(self, call: int) -> int:
-        """How many calls are edited in one run of the host."""
+        """The number of edited calls in one run of the host."""
         return len([key for key in self.counted if key[0] == call])
 
     def add(self, rule: Rule | Join) -> None:
-        """Add a rule; rules for one operand apply one after the other."""
+        """Add a rule. Several rules for one operand apply in order."""
         call = rule.place.call
         operation = call.site.rpartition(":")[2]
         self.rules.setdefault((call.site, call.nth), []).append(rule)
@@ -163,36 +168,44 @@ class Plan:
             self.everywhere[call.site] = self.rules[call.site, call.nth]
 
     def rules_at(self, site: str) -> list[Rule | Join]:
-        """The rules of all its calls there."""
+        """The rules of all calls at a site."""
         return [rule for (at, _), rules in self.rules.items() if at == site for rule in rules]
 
     def refuse(self, got: str) -> NoReturn:
         """Refuse a pass that reached none of the calls that this plan edits."""
         rule = next(iter(self.rules.values()))[0]
         raise SkipscopeError(
-            "ablate", "the twin ran other code than its shortcuts were found in, and was not edited there",
-            layer=rule.name, expected=f"a merge at {rule.place.call.site}", got=got,
+            self.group.operation,
+            "the twin ran other code than its shortcuts were found in, and was not edited there",
+            layer=rule.name,
+            expected=f"a merge at {rule.place.call.site}",
+            got=got,
             cure="find them again with inputs of this kind and in this mode: ss.find_shortcuts(twin, inputs)",
-        )  # fmt: skip
+        )
 
 
-# --- questions about a model
-# ------------------------------------------------------------------------------------------
+# --- questions about a model ---
 
 
 def plan_of(module: Any) -> Plan | None:
-    """The plan that an edited module follows; None for any other."""
+    """The plan of an edited module. None for any other module."""
     return module.__dict__.get(PLAN)
 
 
+def operation_of(module: nn.Module) -> str:
+    """Name of the public function that made the twin to which an edited module belongs."""
+    plan = plan_of(module)
+    return "ablate" if plan is None else plan.group.operation
+
+
 def edits_of(model: nn.Module) -> tuple[str, ...]:
-    """What was done to an edited twin, or to twins inside a model, in words; nothing for any other model."""
+    """Descriptions of the edits of a twin, or of the twins inside a model. Empty for any other model."""
     plans = filter(None, map(plan_of, model.modules()))
     return tuple(edit for group in dict.fromkeys(plan.group for plan in plans) for edit in group.edits)
 
 
 def remembered_boundaries(model: nn.Module) -> tuple[Boundary, ...] | None:
-    """The original's boundaries, where ``model`` is an edited twin that knows them."""
+    """The original's boundaries, if ``model`` is an edited twin that knows them; else None."""
     plan = plan_of(model)
     return plan.group.boundaries if plan is not None and plan.group.boundaries else None
 
@@ -204,10 +217,10 @@ def shares_parameters(model: nn.Module) -> bool:
 
 
 def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) -> None:
-    """Refuse to train what is, or holds, a twin made with ``share=True``.
+    """Refuse to train a model that is, or contains, a twin made with ``share=True``.
 
     Raises:
-        SkipscopeError: as said.
+        SkipscopeError: it is, or contains, such a twin.
     """
     if any(map(shares_parameters, model.modules())):
         raise SkipscopeError(
@@ -220,8 +233,7 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
         )
 
 
-# --- an edited call
-# ---------------------------------------------------------------------------------------------------
+# --- an edited call ---
 
 
 def edited(
@@ -233,14 +245,14 @@ def edited(
     values: list[Any],
     this: Any,
 ) -> Any:
-    """Make a call with its operands rewritten.
+    """Execute a call with its operands rewritten.
 
     Args:
-        rules: what happens to which operand.
-        operation: what is called.
-        func: the function that is called.
-        args: its arguments as built.
-        kwargs: the same by name.
+        rules: rules for its operands.
+        operation: its operation.
+        func: its torch function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         values: its operands.
         this: the current pass.
     """
@@ -251,18 +263,18 @@ def edited(
             join = rule
         elif rule.place.operand == _operations.WHOLE:
             whole = target if target._base is None else target._base
-            whole.copy_(_rewritten(rule.factor, whole))  # the slice, a view of it, sees that
+            whole.copy_(_rewritten(rule.factor, whole))  # target, a view of whole, changes too
         else:
             operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...
             values = [_rewritten(rule.factor, v) if i == operand else v for i, v in enumerate(values)]
     if join is not None:
-        # In eager code the connection's own merges may be edited in turn; compiled code counts the model's
-        # alone.
+        # In eager code the connection's own merges may be edited too. Compiled code counts only merges of the
+        # model.
         with nullcontext() if torch.compiler.is_compiling() else this:
             return join.sum(operation, args, kwargs, values, this.passing)
     overwrites = operation.in_place and values[0] is not target
     if overwrites and any(isinstance(rule, Rule) and rule.factor is None for rule in rules):
-        # A detached view may be saved for the way back, and target is overwritten.
+        # The detached view may be saved for the backward pass, and target is overwritten.
         values[0] = values[0].clone()
     new_args, new_kwargs = _operations.with_operands(operation, args, kwargs, values)
     if not overwrites:
@@ -278,11 +290,12 @@ def _rewritten(factor: float | Tensor | None, operand: Tensor) -> Tensor:
         return torch.quantize_per_tensor(scaled, operand.q_scale(), operand.q_zero_point(), operand.dtype)
     if isinstance(factor, (float, int)):  # a tuple of types: torch 2.6 cannot compile `float | int`
         if factor == 0:
-            # In its own layout: the sum takes it on, and a view of the sum may need it.
+            # zeros_like keeps the memory layout: the sum inherits it, and a view of the sum may need it.
             return torch.zeros_like(operand)
     elif factor.ndim:
         factor = factor.to(operand.device, operand.dtype)
     if torch.compiler.is_compiling():
         return operand * factor
-    with without_modes():  # a tap around the twin sees the edited call, not how it was edited
+    # A tap around the twin must see the edited call, and not this product.
+    with without_modes():
         return operand * factor

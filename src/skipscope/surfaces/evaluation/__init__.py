@@ -1,1 +1,1 @@
-"""From points of a plane to losses: the plain loop, and faster strategies."""
+"""Evaluation of the loss at points of a plane: the plain loop, and faster strategies."""

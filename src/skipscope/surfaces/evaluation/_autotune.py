@@ -1,10 +1,9 @@
-"""Which strategy evaluates points fastest here: each candidate is timed on points of the grid against the
-fastest so far.
+"""Autotuning of the evaluation strategy: each candidate is timed on grid points against the fastest so far.
 
-A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that
-timing noise does not change the choice. Points that the chosen strategy was timed on are points of the
-surface, and are not computed again. What was measured is remembered for the process: a second call on the
-same kind of model starts from there, and one of the same size gives the same bits.
+A strategy is chosen only if it reproduces the plain loop's values (to rounding) and is clearly faster, so
+that timing noise does not change the choice. Points evaluated by the chosen strategy are not computed again.
+Measurements are remembered for the process: a second call on the same kind of model reuses them, and a call
+of the same size gives the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -30,22 +29,26 @@ from skipscope.surfaces.evaluation._strategies import (
     per_core,
 )
 
-MIN_SPEEDUP = 1.08  # how many times faster than the strategy before it one must be to be taken
-_CLEAR = 1.5  # where one evaluation each is this far apart, it is not repeated
-_SHORT_S = 0.2  # times shorter than this are measured several times
-_SHARE = 0.2  # of the whole estimated time may be spent on trying
+# Speedup over the fastest strategy so far that a candidate needs.
+MIN_SPEEDUP = 1.08
+# Timings that differ by this factor or more are not repeated.
+_CLEAR = 1.5
+# Times shorter than this are measured several times.
+_SHORT_S = 0.2
+# Share of the whole estimated time that may be spent on trying.
+_SHARE = 0.2
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.complex128: 1e-9, torch.complex64: 1e-3}
 
 
 @dataclass
 class _Knowledge:
-    """What earlier calls of this process measured on models of one kind.
+    """Measurements of this process on models of one kind.
 
     Attributes:
-        seconds: of a point, for each strategy that was measured and was right.
-        errors: their largest relative difference to the plain loop.
-        refused: in words, those that failed or gave other numbers.
-        choices: the size of a grid, in points, and the strategy that was chosen for it.
+        seconds: strategy -> seconds per point, for strategies that gave right values.
+        errors: strategy -> largest relative difference to the plain loop.
+        refused: strategy -> reason, for strategies that failed or gave other values.
+        choices: number of grid points -> the strategy chosen for it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -59,13 +62,13 @@ _known: dict[tuple[Any, ...], _Knowledge] = {}
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """Chosen strategy.
 
     Attributes:
-        name: the strategy's.
-        why: in words, with the times.
+        name: name of the strategy.
+        why: reason for the choice, with the timings.
         error: largest relative difference to the plain loop at the points it was tried on.
-        point_seconds: what one point takes.
+        point_seconds: seconds per point.
     """
 
     name: str
@@ -80,18 +83,19 @@ def choose(
     """Try strategies on points of the grid and leave ``evaluator`` with the one to use.
 
     Args:
-        evaluator: of the first twin.
+        evaluator: evaluator of a twin.
         points: points of the grid to try on, at least one; the first is compared with the plain loop.
-        left: how many points there are to do.
-        wanted: "auto"; "plain"; or a strategy's name, from an earlier choice.
-        asked: the user wants this strategy; else it is another twin's, and the plain loop is used where there
-            is none of that name.
+        left: number of points to compute.
+        wanted: "auto"; "plain"; or a strategy's name, from an earlier choice. A strategy that fails on this
+            model, or gives other values than the plain loop, is not used.
+        asked: whether the user named this strategy, so that an unknown name is an error; if another twin uses
+            it, the plain loop replaces an unknown strategy.
 
     Raises:
-        SkipscopeError: the wanted strategy is unknown. One that fails on this model, or gives other numbers
-            than the plain loop, is not taken.
+        SkipscopeError: the user's strategy is unknown.
     """
-    evaluator.use(evaluator.plain)  # an earlier choice may stand: another process's store has another
+    # Drop an earlier choice: a store opened by another process first may require another strategy.
+    evaluator.use(evaluator.plain)
     plain = Choice("plain", "the reference; asked for", 0.0, evaluator.origin_seconds)
     if wanted == "plain":
         return plain
@@ -107,9 +111,11 @@ def choose(
     if spec is None and asked:
         known = ", ".join(spec.name for spec in candidate_strategies(evaluator))
         raise SkipscopeError(
-            "landscape", "unknown strategy",
-            expected=f"auto, {known}; all but the compiled ones also with {PER_CORE!r}", got=repr(name),
-        )  # fmt: skip
+            "landscape",
+            "unknown strategy",
+            expected=f"auto, {known}; all but the compiled ones also with {PER_CORE!r}",
+            got=repr(name),
+        )
     if spec is None or name == "plain":
         return replace(plain, why="as measured before")
     return _take(evaluator, points[0], spec, plain)
@@ -142,33 +148,34 @@ def _take(evaluator: Evaluator, point: Point, spec: StrategySpec, plain: Choice)
             evaluator.keep([point], reading)
             return Choice(spec.name, "as chosen before", error, seconds)
         found = replace(plain, why=f"{spec.name} differs from the plain loop by {error:.1e} here")
-    except Exception as refused:  # any strategy but the plain one may fail on a model
+    except Exception as refused:
         found = replace(plain, why=f"{spec.name} does not run this model ({_brief(refused)})")
     finally:
-        if strategy is not None and evaluator.strategy is not strategy:  # also when Ctrl-C ends it all
+        # Also after Ctrl-C.
+        if strategy is not None and evaluator.strategy is not strategy:
             strategy.close()
     return found
 
 
 class _Autotune:
-    """Candidates against the fastest so far, in turn, as long as the time for trying lasts.
+    """Time candidates against the fastest strategy so far, within a time budget.
 
-    A candidate's price is what making it takes and one evaluation; it is tried if half of the gain that such
-    a strategy can be expected to bring on the points that are left pays for that. One that is too dear is
-    passed over alone.
+    A candidate's price is the time to create it and to evaluate one point. It is tried if half of its
+    expected gain on the remaining points pays for that; otherwise only this candidate is skipped.
 
     Args:
-        evaluator: is left with the fastest.
-        points: to try on.
-        left: how many points there are to do.
-        knowledge: of earlier calls, and of this one when it has ended.
+        evaluator: ends up using the fastest strategy.
+        points: points to try on.
+        left: number of points to compute.
+        knowledge: measurements of earlier calls, updated by this one.
     """
 
     def __init__(self, evaluator: Evaluator, points: Sequence[Point], left: int, knowledge: _Knowledge):
         self.evaluator, self.points, self.left, self.knowledge = evaluator, list(points), left, knowledge
         self._known_reference: Reading | None = None
         self.seconds = evaluator.origin_seconds
-        if self.seconds < _SHORT_S:  # the first pass of a process says little where it is short
+        # A short first pass mostly measures warm-up.
+        if self.seconds < _SHORT_S:
             self.seconds, self._known_reference = _timed(evaluator.plain, self.points[:1])
             evaluator.keep(self.points[:1], self._known_reference)
         if self.seconds < _SHORT_S:
@@ -178,7 +185,7 @@ class _Autotune:
         self.budget = _SHARE * self.seconds * left
 
     def run(self) -> Choice:
-        """The choice."""
+        """Try the candidates and return the choice."""
         plain, *others = candidate_strategies(self.evaluator)
         fastest = plain
         for spec in others:
@@ -197,7 +204,7 @@ class _Autotune:
 
     @property
     def reference(self) -> Reading:
-        """The reading at the first point by the fastest strategy so far, which agrees with the plain loop."""
+        """Reading at the first point by the fastest strategy so far; it agrees with the plain loop."""
         if self._known_reference is None:
             self._known_reference = self.evaluator.strategy(self.points[:1])
             self.evaluator.keep(self.points[:1], self._known_reference)
@@ -209,7 +216,7 @@ class _Autotune:
         return price <= min(gain / 2, self.budget)
 
     def _try(self, spec: StrategySpec) -> bool:
-        """Try one candidate if that is worth it. Returns whether it is the fastest now."""
+        """Try a candidate if that is worth its time. Returns whether it is now the fastest."""
         before = self.knowledge
         if spec.name in before.refused:
             self.timings.append(f"{spec.name} {before.refused[spec.name]}")
@@ -234,7 +241,8 @@ class _Autotune:
     def _benchmark(self, spec: StrategySpec, strategy: Strategy) -> bool:
         name, reference = spec.name, None
         first = strategy.first if isinstance(strategy, WorkerPool) else None
-        if first is not None:  # one thread's time is known: the copies together cannot be faster than this
+        # One thread's time is known; the copies together are at best this many times faster.
+        if first is not None:
             seconds, reading, points = first[0] / strategy.cores, first[1], self.points[:1]  # type: ignore[union-attr]
         else:
             points = self.points[:1]
@@ -267,9 +275,7 @@ class _Autotune:
         return won
 
     def _again(self, strategy: Strategy, points: Sequence[Point], seconds: float) -> tuple[float, float]:
-        """Seconds a point of a candidate and of the incumbent, run in turn: a busy machine is busy for
-        both.
-        """
+        """Seconds per point of candidate and incumbent, timed alternately: a busy machine slows both."""
         incumbent, few = self.evaluator.strategy, self.points[:1]
         if isinstance(incumbent, WorkerPool):
             few = self.points[: incumbent.cores]
@@ -290,7 +296,7 @@ class _Autotune:
 
 
 def _timed(strategy: Strategy, points: Sequence[Point]) -> tuple[float, Reading]:
-    """Seconds a point, and the reading."""
+    """Seconds per point, and the reading."""
     began = time.perf_counter()
     reading = strategy(points)
     return (time.perf_counter() - began) / len(points), reading
@@ -312,7 +318,7 @@ def _allowed(evaluator: Evaluator) -> float:
 
 
 def _disagreement(ours: Reading, reference: Reading) -> float:
-    """Largest relative difference, over values and samples' shares, of the points that ``reference`` has."""
+    """Largest relative difference over the points of ``reference``, of values and of samples' shares."""
     pairs = [(ours.values, reference.values)]
     if (ours.numerators is None) != (reference.numerators is None):
         return float("inf")

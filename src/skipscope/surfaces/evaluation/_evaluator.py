@@ -1,7 +1,7 @@
-"""From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
+"""Evaluation of the loss at points of a plane: the plain loop over points, and one twin's evaluator.
 
-The plain loop (move our copy of the model, run every batch as it came) is the reference; faster strategies
-are tried against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
+The plain loop moves a copy of the model and runs every batch as it came. It is the reference that faster
+strategies are tried against on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
 from __future__ import annotations
@@ -40,33 +40,35 @@ BATCH_NORM: dict[BatchNorm, str] = {
     "as found": "frozen as found",
 }  # fmt: skip
 Point = tuple[float, ...]
-Statistics = Sequence[Mapping[str, Tensor]]  # the buffers of each norm that keeps running statistics
+# The buffers of each norm that keeps running statistics.
+Statistics = Sequence[Mapping[str, Tensor]]
 
 
 class Strategy(Protocol):
-    """A strategy that evaluates points."""
+    """Strategy for evaluating points."""
 
     name: str
 
     def __call__(self, points: Sequence[Point]) -> Reading:
-        """The losses at ``points``."""
+        """Evaluate the loss at ``points``."""
         ...
 
     def close(self) -> None:
-        """Let go of what does not end by itself."""
+        """Release processes and other resources."""
         ...
 
 
-# --- batch norm
-# ----------------------------------------------------------------------------------------------------
+# --- batch norm ---
 
 
 def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics = ()) -> str:
-    """Put our own copy into a batch-norm mode, with other statistics than its own if given; returns the
-    mode's words.
+    """Set the batch-norm mode of a private copy, and replace its statistics if given.
+
+    Returns:
+        A description of the mode.
 
     Raises:
-        SkipscopeError: an unknown mode.
+        SkipscopeError: the mode is unknown.
     """
     require_option("landscape", "batch-norm mode", mode, BATCH_NORM)
     layers = norms_with_statistics(copy)
@@ -79,23 +81,22 @@ def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics 
     return BATCH_NORM[mode] if layers else "none"
 
 
-# --- the plain loop, and loops like it
-# -----------------------------------------------------------------------------
+# --- the plain loop, and loops like it ---
 
 
 class Loop:
-    """Point after point: move the copy, run every batch.
+    """Evaluate points one by one: move the copy, then run every batch.
 
     Args:
         model: the user's model in evaluation mode; it is only read.
-        directions: one direction an axis.
+        directions: one direction per axis.
         at_point: the data and the loss.
         batch_norm: a key of :data:`BATCH_NORM`.
-        name: for the result.
-        channels_last: lay the copy's convolution weights out so.
+        name: name of the strategy in the result.
+        channels_last: whether to store the copy's convolution weights in channels-last format.
         run: the forward pass, ``run(model, batch) -> output``.
-        strength_tensor: the shortcut strength's tensor, where the first coefficient is the strength.
-        statistics: for the norms, in place of the model's own.
+        strength_tensor: tensor of the shortcut strength, if the first coefficient is the strength.
+        statistics: replace the norms' own statistics.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Loop:
             return gather([self._one(point) for point in points])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the loop holds no resources."""
 
     def _one(self, point: Point) -> dict[str, Any]:
         if self.strength_tensor is not None:
@@ -138,20 +139,17 @@ class Loop:
         copy = self.moving.move(point)
         empty(copy, self.caches)
         if self.draws:
-            seed_generators(0)  # a forward pass that draws numbers draws the same ones at every point
+            # A forward pass with random numbers draws the same ones at every point.
+            seed_generators(0)
         if self.recalibrates:
             average_statistics(copy, self.at_point.data, self.at_point.loss.run)
         return self.at_point.read(copy, self.run)
 
     def read_origin(self, origin: Point) -> Reading:
-        """The reading at the origin; it also shows what has to be reset before each point.
-
-        Random numbers that are drawn are the same ones at every point. What the model keeps of a computation
-        with its weights is emptied before each point.
+        """Read the origin, and detect random draws and weight caches that must be reset before each point.
 
         Raises:
-            SkipscopeError: the model came with such a cache already full, or draws from a generator that it
-                holds.
+            SkipscopeError: a cache of the model is already filled, or the model draws from its own generator.
         """
         with self.moving.at_work():
             return self._read_origin(origin)
@@ -177,27 +175,27 @@ def _run(model: nn.Module, batch: Batch) -> Any:
 
 
 class Evaluator:
-    """One twin on the plane.
+    """Evaluate one twin at points of the plane, by the chosen strategy.
 
     Args:
         model: the user's model in evaluation mode; it is only read.
         data: resident batches.
         loss: the objective.
-        directions: one direction an axis.
+        directions: one direction per axis.
         metrics: name -> ``f(output, target)``.
         batch_norm: a key of :data:`BATCH_NORM`.
-        l2: adds l2/2 |w|^2 over all parameters to every value.
-        strength_tensor: the shortcut strength's tensor in ``model``, where the first axis is the strength.
-        statistics: for the norms, in place of the model's own.
+        l2: weight of l2/2 |w|^2 over all parameters, added to every value.
+        strength_tensor: tensor of the shortcut strength in ``model``, if the first axis is the strength.
+        statistics: replace the norms' own statistics.
 
     Attributes:
-        plain: the reference.
-        strategy: evaluates the points; the plain loop until another is chosen.
-        origin_point: the coefficients of the model as it is.
-        origin: the reading there, by the plain loop.
-        plain_origin: the same without the regulariser.
-        origin_seconds: what that took.
-        batch_norm: the mode in words.
+        plain: the plain loop, the reference.
+        strategy: strategy in use; the plain loop until another is chosen.
+        origin_point: coefficients of the unchanged model.
+        origin: reading at the origin, by the plain loop.
+        plain_origin: ``origin`` without the regulariser.
+        origin_seconds: seconds that the reading took.
+        batch_norm: description of the batch-norm mode.
     """
 
     def __init__(
@@ -217,9 +215,13 @@ class Evaluator:
         self.mode: BatchNorm = batch_norm
         self.strength_tensor = strength_tensor
         self.plain = Loop(
-            model, directions, PointLoss(data, loss, metrics), batch_norm,
-            strength_tensor=strength_tensor, statistics=statistics,
-        )  # fmt: skip
+            model,
+            directions,
+            PointLoss(data, loss, metrics),
+            batch_norm,
+            strength_tensor=strength_tensor,
+            statistics=statistics,
+        )
         self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
@@ -234,14 +236,14 @@ class Evaluator:
         self.keep([self.origin_point], reading)
 
     def __call__(self, points: Sequence[Point]) -> Reading:
-        """The losses at ``points``; what was kept of them is handed out once, and not computed again."""
+        """Evaluate the loss at ``points``; a kept reading is used once instead of a new one."""
         missing = [point for point in points if point not in self._kept]
         computed = iter(parts(self.strategy(missing)) if missing else ())
         each = [self._kept.pop(point) if point in self._kept else next(computed) for point in points]
         return self._with_penalty(joined(each), points)
 
     def keep(self, points: Sequence[Point], reading: Reading) -> None:
-        """Remember points that the strategy in use has computed."""
+        """Keep readings that the strategy in use has computed."""
         self._kept = dict(zip(points, parts(reading))) | self._kept
 
     def _with_penalty(self, reading: Reading, points: Sequence[Point]) -> Reading:
@@ -251,11 +253,10 @@ class Evaluator:
         return reading
 
     def use(self, strategy: Strategy) -> None:
-        """Evaluate with this strategy from now on."""
+        """Switch to ``strategy`` and drop readings of the previous one."""
         if strategy is not self.strategy:
             self.strategy.close()
-            # Every point of a surface has the bits of one strategy; the origin always those of the plain
-            # loop.
+            # All points of a surface come from one strategy; only the origin comes from the plain loop.
             self._kept = {point: r for point, r in self._kept.items() if point == self.origin_point}
             self.strategy = strategy
 
@@ -265,9 +266,7 @@ class Evaluator:
 
 
 def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
-    """Every sample carries its share of the regulariser, so that a surface without some of them has it
-    whole too.
-    """
+    """Add the regulariser, split among the samples so that a surface without some of them keeps it whole."""
     n, d = reading.numerators, reading.denominators
     if n is not None and d is not None:
         n = n + penalties[:, None] * (np.full(n.shape[1], 1 / n.shape[1]) if sums else d)
@@ -275,7 +274,7 @@ def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
 
 
 class _Penalty:
-    """l2/2 |w + sum c_i d_i|^2 in closed form: a quadratic in the coefficients."""
+    """The regulariser l2/2 |w + sum c_i d_i|^2 in closed form, a quadratic in the coefficients."""
 
     def __init__(self, model: nn.Module, directions: Sequence[Direction], l2: float):
         weights = {name: p.detach() for name, p in model.named_parameters()}

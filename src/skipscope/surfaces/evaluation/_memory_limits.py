@@ -1,5 +1,6 @@
-"""What a run will hold in memory, said before it starts: directions are drawn again where they do not fit,
-and what does not fit at all is refused with what would.
+"""Memory that a run needs, checked before it starts.
+
+Directions that do not fit are drawn again at each point. Anything else that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
 
 
 def fits(needed: float) -> bool:
-    """Whether this many bytes may be used of this machine's own memory."""
+    """Whether so many bytes fit into the usable share of the host's free memory."""
     return needed <= SHARE * free_bytes(torch.device("cpu"))
 
 
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
-    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn
-    again.
+    """Whether the directions fit in memory beside each twin's copy; if not, they are drawn at each point.
 
-    Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the
-    directions (twice while they are made); the tried strategy has the same again.
+    Each twin holds a copy; the moving weights at the origin, the current point and the start of a row; and
+    the directions (twice while they are created). A strategy on trial holds the same again.
 
     Raises:
         SkipscopeError: not even the copies fit.
@@ -48,10 +48,10 @@ def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: i
 
 
 def shards_fit(shards: Iterable[Tensor], axes: int) -> None:
-    """Refuse a sharded model of which this rank cannot hold its shards again, and its part of each direction.
+    """Refuse a sharded model if this rank cannot hold a second set of its shards and of each direction.
 
     Raises:
-        SkipscopeError: with what it takes.
+        SkipscopeError: they do not fit; the error names the memory needed.
     """
     shards = list(shards)
     device = next((t.device for t in shards), torch.device("cpu"))
@@ -67,18 +67,19 @@ def shards_fit(shards: Iterable[Tensor], axes: int) -> None:
 
 
 def check_grid(points: int, numbers: int, usual: int = 0) -> None:
-    """Refuse a grid whose numbers do not fit.
+    """Refuse a grid whose values do not fit into memory.
 
     Args:
-        points: of the grid.
-        numbers: at each point, at least.
-        usual: how many more likely; the size that is named would fit with these.
+        points: number of grid points.
+        numbers: minimal number of values at each point.
+        usual: typical number of values, for the grid size that the error suggests.
 
     Raises:
-        SkipscopeError: with the largest square grid that fits.
+        SkipscopeError: the grid does not fit; the error names the largest square grid that does.
     """
     free = SHARE * free_bytes(torch.device("cpu"))
-    each = 4 * 8  # bytes a number: the grid, what is kept, and two copies for results
+    # Bytes per value: the grid, the kept values, and two copies for results.
+    each = 4 * 8
     if points * each * numbers > free:
         numbers = max(numbers, usual)
         raise SkipscopeError(

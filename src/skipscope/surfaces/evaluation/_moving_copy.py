@@ -1,8 +1,7 @@
-"""A copy of a model that moves through weight space: w + a d1 + b d2, written in place, never on the user's
-model.
+"""A model copy that moves in place through weight space, w + a d1 + b d2; the user's model never moves.
 
-The parameters that move are views into one flat buffer a dtype, so that going to a point costs one operation
-along an axis, however many layers there are.
+The moving parameters are views into one flat buffer per dtype, so that a move takes one operation per axis,
+however many layers there are.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from skipscope._untouched import private_copy
 from skipscope.surfaces.planes._directions import Direction, SeededDirection
 
-_ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the middle of a buffer need not be
+# Views start at multiples of so many elements, because matrix kernels want aligned weights.
+_ALIGN = 64
 
 
 @dataclass
 class _Flat:
-    """The moving parameters of one dtype: the origin, the directions, and what the copy's parameters look
-    into.
-    """
+    """Flat buffers of the moving parameters of one dtype: origin, directions, and the current weights."""
 
     names: list[str]
     origin: Tensor
@@ -34,13 +32,13 @@ class _Flat:
 
 
 class MovingCopy:
-    """A deep copy of ``model`` whose weights are at any point of the plane that is asked for.
+    """Deep copy of ``model`` whose weights can be moved to any point of the plane.
 
     Args:
-        model: the user's model, in the mode in which it is to be evaluated; it is only read.
+        model: the user's model, in the mode for evaluation; it is only read.
         directions: one or more directions.
         prepare: changes the copy before it is used.
-        channels_last: lay convolution weights out for channels-last inputs.
+        channels_last: whether to store convolution weights in channels-last format.
 
     Attributes:
         model: the copy.
@@ -57,7 +55,7 @@ class MovingCopy:
         self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Directions that are drawn again at every point did not fit; then nothing else is held either.
+        # Seeded directions are used if memory is short; then no flat buffers are held either.
         self._lean = any(isinstance(direction, SeededDirection) for direction in directions)
         self._origin = {name: p.detach() for name, p in model.named_parameters()} if self._lean else {}
         self._directions = directions
@@ -66,17 +64,17 @@ class MovingCopy:
         prepare(self.model)
 
     def at_work(self) -> AbstractContextManager[None]:
-        """The copy is ours: nothing is put back."""
+        """Context that does nothing: a private copy need not be restored."""
         return nullcontext()
 
     @property
     def names(self) -> set[str]:
-        """The parameters that move."""
+        """Names of the parameters that move."""
         return {name for direction in self._directions for name in direction}
 
     @property
     def bytes(self) -> int:
-        """What is written at every point."""
+        """Bytes written at every point."""
         if self._lean:
             return sum(p.numel() * p.element_size() for p in self._origin.values())
         return sum(2 * flat.work.numel() * flat.work.element_size() for flat in self._flats)
@@ -110,14 +108,13 @@ class MovingCopy:
         return flats
 
     def move(self, point: Sequence[float]) -> nn.Module:
-        """Put the weights at ``point`` (one coefficient a direction), and return the copy."""
+        """Move the weights to ``point`` (one coefficient per direction), and return the copy."""
         point = tuple(float(c) for c in point)
         with torch.no_grad():
             if self._lean:
                 self._redraw(point)
             for flat in self._flats:
-                # The sum is built axis by axis in a fixed order, so that a point has the same bits on every
-                # way to it.
+                # Summing in a fixed order gives a point the same bits, whichever point came before.
                 if self._at is None or self._at[:-1] != point[:-1]:
                     flat.row.copy_(flat.origin)
                     for c, axis in zip(point[:-1], flat.axes):
@@ -126,7 +123,8 @@ class MovingCopy:
                 if point[-1]:
                     torch.add(flat.row, flat.axes[-1], alpha=point[-1], out=flat.work)
                 else:
-                    flat.work.copy_(flat.row)  # w + 0 d is w, also where d is not finite
+                    # w + 0 d is w, also where d is not finite.
+                    flat.work.copy_(flat.row)
         self._at = point
         return self.model
 

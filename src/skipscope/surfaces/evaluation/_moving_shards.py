@@ -1,8 +1,8 @@
 """A model under FSDP2 that moves through weight space: each rank moves its own shards, in place.
 
-Such a model cannot be copied, and need not fit on one device. So the user's own shards are moved, while
-:meth:`MovingShards.at_work` lasts, and get their values back at its end. Each rank holds its shards once
-more, and its part of each direction.
+A sharded model cannot be copied, and need not fit on one device. So the user's own shards are moved inside
+:meth:`MovingShards.at_work` and restored at its end. Each rank holds a second set of its shards, and its part
+of each direction.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from skipscope.surfaces.planes._directions import Direction
 
 
 class MovingShards:
-    """Takes a sharded model to any point of the plane that is asked for.
+    """Move a sharded model to points of the plane.
 
     Args:
-        model: the user's model, in the mode in which it is to be evaluated.
-        directions: one or more directions, spread as the weights are.
-        prepare: changes the model for the time in which it is at work, its weights aside.
+        model: the user's model, in the mode for evaluation.
+        directions: one or more directions, sharded like the weights.
+        prepare: changes the model, except its weights, inside :meth:`at_work`.
 
     Attributes:
-        model: the user's own.
-        steps: of its forward pass.
+        model: the user's model.
+        steps: steps of its forward pass.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class MovingShards:
 
     @property
     def bytes(self) -> int:
-        """What is written at every point."""
+        """Bytes written at every point."""
         return sum(t.numel() * t.element_size() for t in self._origin.values())
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, the model may be moved; outside nothing of it has changed (collective)."""
+        """Context inside which the model may be moved; it is restored at the end (collective)."""
         if self._working:
             yield
             return
@@ -64,7 +64,7 @@ class MovingShards:
                 self._place(())
 
     def move(self, point: Sequence[float]) -> nn.Module:
-        """Put the weights at ``point`` (one coefficient a direction), and return the model."""
+        """Move the weights to ``point`` (one coefficient per direction), and return the model."""
         self._place(tuple(float(c) for c in point))
         return self.model
 
@@ -73,9 +73,11 @@ class MovingShards:
             for name, shard in self._shards.items():
                 shard.copy_(self._origin[name])
                 for c, axis in zip(point, self._axes):
-                    if c and name in axis:  # w + 0 d is w, also where d is not finite
+                    # w + 0 d is w, also where d is not finite.
+                    if c and name in axis:
                         shard.add_(axis[name], alpha=c)
-        self._reshard()  # what was gathered before would be used once more
+        # Weights gathered before the move would be used again.
+        self._reshard()
 
     def _reshard(self) -> None:
         for unit in units(self.model):

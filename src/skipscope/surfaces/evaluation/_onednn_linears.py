@@ -1,10 +1,9 @@
-"""Linear layers of our own copy through oneDNN's kernel, in the same precision, each with the activation
-after it.
+"""Linear layers of a private copy through oneDNN, in the same precision, fused with the next activation.
 
-The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes
-an activation function on the way. Which activation follows which layer is seen in one forward pass. That
-nothing else reads the layer's output cannot be seen, but it is tried: a strategy is taken only if it
-gives the plain loop's numbers (:mod:`skipscope.surfaces.evaluation._autotune`).
+torch's BLAS runs at half speed on some processors; oneDNN's kernel does not, and can apply an activation
+function. One forward pass shows which activation follows which layer. It cannot show that nothing else reads
+the layer's output, but the autotuner rejects a strategy that changes the values
+(:mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
 from __future__ import annotations
@@ -20,30 +19,32 @@ from torch.nn import functional
 
 from skipscope._torch_private import fused_linear
 
-Epilogue = tuple[str, str]  # oneDNN's name of an activation function, and which algorithm
+# oneDNN's name of an activation function, and of its algorithm.
+Epilogue = tuple[str, str]
 
-# Exact types only: a subclass may do anything.
+# Only exact types are fused: a subclass may override forward.
 _EPILOGUES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "swish",
 }  # fmt: skip
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
-    """The layers that oneDNN's kernel can run: linear ones in float32 on a CPU, none under autocast."""
+    """Layers that oneDNN's kernel can run: linear, in float32, on a CPU, not under autocast."""
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return []
     return [
-        m for m in model.modules()
+        m
+        for m in model.modules()
         if type(m) is nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-    ]  # fmt: skip
+    ]
 
 
 def through_one_dnn(copy: nn.Module, run: Callable[[], Any] | None) -> None:
-    """Let the linear layers of ``copy`` run oneDNN's kernel.
+    """Run the linear layers of ``copy`` by oneDNN's kernel.
 
     Args:
-        copy: our own; its modules' ``forward`` is replaced.
-        run: one forward pass of it; None leaves the activations to themselves.
+        copy: private copy; its modules' ``forward`` is replaced.
+        run: one forward pass of it; None leaves the activations unfused.
     """
     layers = linears(copy)
     after = {} if run is None else _followers(copy, layers, run)
@@ -64,7 +65,8 @@ def _epilogue(activation: nn.Module | None) -> Epilogue:
 def _linear(
     layer: nn.Linear, epilogue: Epilogue, then: Callable[[Tensor], Tensor] | None, input: Tensor
 ) -> Tensor:
-    if input.dtype != torch.float32 or input.ndim < 2:  # what the kernel does not take
+    # The kernel supports only float32 inputs of two or more dimensions.
+    if input.dtype != torch.float32 or input.ndim < 2:
         output = functional.linear(input, layer.weight, layer.bias)
         return output if then is None else then(output)
     name, algorithm = epilogue
@@ -78,22 +80,21 @@ def _as_it_is(input: Tensor) -> Tensor:
 def _followers(
     copy: nn.Module, layers: list[nn.Linear], run: Callable[[], Any]
 ) -> dict[nn.Linear, nn.Module]:
-    """For each layer the activation that is given its output, at each of its calls and nothing else's
-    output.
-    """
-    made: dict[int, tuple[Tensor, nn.Linear]] = {}  # the outputs are kept, so that their ids stay their own
+    """Map each layer to the activation that gets its output at every call, and no other layer's output."""
+    # Keeping the outputs alive keeps their ids unique.
+    producers: dict[int, tuple[Tensor, nn.Linear]] = {}
     calls: Counter[nn.Linear] = Counter()
     uses: Counter[tuple[nn.Module, nn.Linear | None]] = Counter()
 
-    def note(layer: Any, args: Any, output: Tensor) -> None:
-        made[id(output)] = (output, layer)
+    def record_output(layer: Any, args: Any, output: Tensor) -> None:
+        producers[id(output)] = (output, layer)
         calls[layer] += 1
 
-    def meet(activation: nn.Module, args: Any) -> None:
-        uses[activation, made[id(args[0])][1] if args and id(args[0]) in made else None] += 1
+    def count_use(activation: nn.Module, args: Any) -> None:
+        uses[activation, producers[id(args[0])][1] if args and id(args[0]) in producers else None] += 1
 
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    handles += [m.register_forward_pre_hook(meet) for m in copy.modules() if type(m) in _EPILOGUES]
+    handles = [layer.register_forward_hook(record_output) for layer in layers]
+    handles += [m.register_forward_pre_hook(count_use) for m in copy.modules() if type(m) in _EPILOGUES]
     try:
         run()
     finally:

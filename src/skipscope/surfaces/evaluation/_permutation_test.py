@@ -1,6 +1,4 @@
-"""The model's own loss, and whether the network has learnt: its loss compared with the loss on permuted
-targets.
-"""
+"""The model's own loss, and a permutation test for whether the network has learnt its targets."""
 
 from __future__ import annotations
 
@@ -18,29 +16,29 @@ _MARGIN = 0.05
 
 
 def own_loss(model: nn.Module, data: Batches, loss: Objective) -> tuple[float, bool | None]:
-    """The loss of ``model`` as it is, and whether the loss is clearly lower than with permuted targets.
+    """Compute the loss of ``model``, and whether it is clearly lower than with permuted targets.
 
-    A network that knows nothing loses nothing when targets change places. "Clearly" means by 5 % and, where
-    per-sample losses are known, by four standard errors. Both are read from one forward pass a batch where
-    the loss is a function of the output.
+    Permuting the targets does not change the loss of a network that has learnt nothing. "Clearly" means by
+    5 % and, if per-sample losses are known, by four standard errors. One forward pass per batch gives both
+    losses if the loss is a function of the output.
 
     Returns:
-        The loss, and True or False; None where targets cannot be permuted (an ``@objective``, one sample).
+        The loss, and True or False; or None if targets cannot be permuted (an ``@objective``, one sample).
     """
     return without_gradients(lambda: _Permutation(model, loss).run(data))
 
 
 @dataclass
 class _Sums:
-    """What a pass adds up to.
+    """Sums over a pass through the data.
 
     Attributes:
-        total: of the loss, weighted.
-        normaliser: of the weights.
-        own: the loss of the batches whose targets were permuted.
-        exchanged: their loss with permuted targets.
-        weight: theirs.
-        gaps: of each sample between the two.
+        total: weighted sum of the loss.
+        normaliser: sum of the weights.
+        own: weighted loss of the batches whose targets were permuted.
+        exchanged: the same batches' loss with permuted targets.
+        weight: sum of these batches' weights.
+        gaps: per-sample differences between the two losses.
     """
 
     total: float = 0.0
@@ -63,7 +61,8 @@ class _Permutation:
             weight = float(self.loss.weight(batch)) if counts else 0.0
             share = 1.0 if counts and (self.loss.sums or data.single) else weight
             value, output = self._value(batch)
-            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+            # A batch without weight has an undefined mean and must not enter the sum.
+            if share:
                 self.sums.total += share * value
                 self.sums.normaliser += share
             self._permute(batch, weight, value, output)
@@ -81,10 +80,12 @@ class _Permutation:
     def _permute(self, batch: Batch, weight: float, value: float, output: Any) -> None:
         other, sums = _exchanged(batch, self.loss), self.sums
         if self.in_step and other is None and isinstance(batch, Mapping):
-            self.loss(self.model, batch)  # other ranks run theirs once more
+            # The other ranks run a second forward pass, so this rank must join in.
+            self.loss(self.model, batch)
         if other is None or self.loss.from_output is None:
             return
-        if isinstance(batch, Mapping):  # its targets are among the model's inputs
+        # The targets of a mapping are among the model's inputs, so it needs another forward pass.
+        if isinstance(batch, Mapping):
             exchanged = self.loss(self.model, other)
         elif weight:
             exchanged = self.loss.from_output(output, other)
@@ -103,7 +104,8 @@ def _has_learnt(parts: list[_Sums]) -> bool | None:
     if not weight:
         return None
     gap = (sum(p.exchanged for p in parts) - own) / weight
-    if gap != gap:  # the loss is not a number on one of them: nothing is known
+    # The loss is NaN for the given or the permuted targets.
+    if gap != gap:
         return None
     if not gap > _MARGIN * abs(own / weight):
         return False
@@ -121,7 +123,7 @@ def _exchanged(batch: Batch, loss: Objective) -> Batch | None:
     size = batch_size(batch)
     if loss.from_output is None or size < 2:
         return None
-    # A random order: neither sorted nor regularly repeated labels fall on themselves.
+    # A shift could map sorted or regularly repeated labels onto themselves; a random order does not.
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     if isinstance(batch, Mapping):
         keys = [k for k in ("labels", "label", "target", "targets") if k in batch]

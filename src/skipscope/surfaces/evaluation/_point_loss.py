@@ -1,4 +1,4 @@
-"""The data behind every point, and what one point hands over: its loss and each sample's share of it."""
+"""The data behind every point, and the loss at one point with each sample's share of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skipscope._data import (
     map_tensors,
     rows,
     sample_count,
-)  # fmt: skip
+)
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import differentiates
 from skipscope._random import random_state_kept
@@ -30,7 +30,8 @@ from skipscope._rank_batches import RankBatches, spread_batches
 from skipscope._ranks import RankGroup
 from skipscope._sharding import ForwardSteps
 
-FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
+# Groups of samples left out in turn, for the scores' standard errors.
+FOLDS = 10
 Metric = Callable[[Any, Any], Any]
 
 
@@ -39,8 +40,8 @@ def resident(
 ) -> Batches:
     """Read the data once, keep it on the model's device, and draw the subset that every point will see.
 
-    Reading once is also what makes points comparable: a loader that shuffles or augments gives other data
-    each time. Where there is a ``group``, each of its ranks keeps a part.
+    Reading once also makes points comparable: a loader that shuffles or augments gives other data each time.
+    Each rank of a ``group`` keeps a part.
     """
     if isinstance(data, RankBatches):
         return data
@@ -64,7 +65,7 @@ def resident(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is, and what it is run on belongs."""
+    """Device of the model's first tensor; the CPU for a model without tensors."""
     return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
@@ -90,7 +91,7 @@ def _subset(held: list[Batch], samples: int, seed: int, first: int, total: int) 
 
 
 def direction_hash(directions: Iterable[Mapping[str, Tensor]]) -> str:
-    """A hash of directions: which parameters they move, and how."""
+    """Hash of the directions' parameter names and tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for direction in directions:
         for name, tensor in direction.items():
@@ -100,13 +101,13 @@ def direction_hash(directions: Iterable[Mapping[str, Tensor]]) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of everything a model's state dict holds in tensors."""
+    """Hash of the tensors in a model's state dict."""
     return hash_of(t for t in model.state_dict().values() if isinstance(t, Tensor))
 
 
 @dataclass
 class Reading:
-    """What one or more points gave; every array's first dimension is the points.
+    """Loss, samples' shares and metrics at one or more points.
 
     Attributes:
         values: the loss, [points], float64.
@@ -122,14 +123,14 @@ class Reading:
 
 
 class PointLoss:
-    """The loss of one placed model on the resident data, with each sample's share.
+    """Loss of a model on the resident data, with each sample's share.
 
     Args:
-        data: as :func:`resident` gave them.
+        data: batches from :func:`resident`.
         loss: the objective.
-        metrics: name -> ``f(output, target)``; averaged over batches by samples.
-        once: where the samples' shares are the loss's own terms, add these up instead of computing the loss
-            as well: its value to rounding, in less time.
+        metrics: name -> ``f(output, target)``; averaged over batches, weighted by their samples.
+        once: whether to add up per-sample losses instead of computing the loss too, if that gives the same
+            value to rounding; saves time.
     """
 
     def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], *, once: bool = False):
@@ -159,7 +160,7 @@ class PointLoss:
         self.steps: ForwardSteps | None = None
 
     def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
-        """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass.
+        """Evaluate one point, as tensors on the model's device; ``run(model, batch)`` is the forward pass.
 
         Gradients are recorded only if the loss or the model differentiates the network itself.
         """
@@ -185,7 +186,7 @@ class PointLoss:
         return _combined(self.data.together(sums, error), self.loss.sums, sum(self.sizes))
 
     def _rehearse(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> None:
-        """Run the same batch on every rank once, which fails on all or on none: then the steps are known."""
+        """Run one batch on every rank once, to record the forward steps; an error occurs on all ranks."""
         if self.steps is not None and self.steps.order is None:
             first = _Turn(self.data.first(), 0.0, 0, counts=False)
             with random_state_kept(), self.steps.one_pass():
@@ -210,7 +211,8 @@ class PointLoss:
             sums.denominators.append(d.double())
         if value is None:
             value = sums.numerators[-1].sum() / (1.0 if self.loss.sums else sums.denominators[-1].sum())
-        if turn.share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+        # A batch without weight has an undefined mean and must not enter the sum.
+        if turn.share:
             sums.total = sums.total + turn.share * value.double()
             sums.share += turn.share
         for name, metric in self.metrics.items():
@@ -223,10 +225,10 @@ class _Turn:
     """A batch to run.
 
     Attributes:
-        batch: its inputs and target.
-        share: what its loss counts for.
-        size: its samples.
-        counts: False where it is run only because another rank runs one.
+        batch: inputs and target.
+        share: weight of its loss.
+        size: number of samples.
+        counts: False if it is run only because another rank runs a batch.
     """
 
     batch: Batch
@@ -237,7 +239,7 @@ class _Turn:
 
 @dataclass
 class _Sums:
-    """What a pass over some batches adds up to."""
+    """Sums over a pass through some batches."""
 
     total: Any = 0.0
     share: float = 0.0
@@ -247,7 +249,7 @@ class _Sums:
 
 
 def _combined(parts: list[_Sums], sums: bool, samples: int) -> dict[str, Any]:
-    """One point from the sums over each part of the data, in order."""
+    """Combine the sums over each part of the data, in order, into one point."""
     normaliser = 1.0 if sums else sum(part.share for part in parts)
     total: Any = sum(part.total for part in parts)
     numerators, denominators = (
@@ -274,7 +276,7 @@ def _number(name: str, value: Any) -> Tensor:
 
 
 def gather(points: list[dict[str, Any]]) -> Reading:
-    """Points' tensors as one :class:`Reading` (one copy to the host)."""
+    """Stack the points' tensors into one :class:`Reading` on the host."""
     has = points[0]["numerators"] is not None
     return Reading(
         values=torch.stack([torch.as_tensor(p["value"]).reshape(()) for p in points]).cpu().numpy(),
@@ -288,7 +290,7 @@ def gather(points: list[dict[str, Any]]) -> Reading:
 
 
 def joined(readings: list[Reading]) -> Reading:
-    """Readings of one point after another as one."""
+    """Concatenate readings."""
     first = readings[0]
     numerators = [r.numerators for r in readings if r.numerators is not None]
     return Reading(
@@ -300,7 +302,7 @@ def joined(readings: list[Reading]) -> Reading:
 
 
 def parts(reading: Reading) -> list[Reading]:
-    """A reading of several points as one of each."""
+    """Split a reading into one per point."""
     n = reading.numerators
     return [
         Reading(
@@ -313,15 +315,15 @@ def parts(reading: Reading) -> list[Reading]:
     ]
 
 
-# --- standard errors
-# -----------------------------------------------------------------------------------------------
+# --- standard errors ---
 
 
 def influence(reading: Reading, sums: bool) -> np.ndarray | None:
-    """Each sample's influence on each value, [points, samples]: value's error is their root sum of squares.
+    """Influence of each sample on each value, [points, samples]. None without per-sample losses.
 
-    For a mean sum(n)/sum(d) it is (n_i - value d_i) / sum(d), the delta method; for a sum it is n_i less
-    their mean. Influences at two points, or of two twins, subtract: that is what makes a paired error small.
+    A value's standard error is the root sum of squares of its influences. For a mean sum(n)/sum(d) the
+    influence is (n_i - value d_i) / sum(d), the delta method; for a sum it is n_i minus the mean of all n.
+    Influences at two points, or of two twins, subtract, which makes a paired error small.
     """
     n, d = reading.numerators, reading.denominators
     if n is None or d is None or n.shape[1] < 2:
@@ -334,7 +336,7 @@ def influence(reading: Reading, sums: bool) -> np.ndarray | None:
 
 
 def fold_sums(reading: Reading) -> tuple[np.ndarray, np.ndarray] | None:
-    """Numerators and denominators summed over each of :data:`FOLDS` groups: [points, folds] and [folds]."""
+    """Numerators [points, folds] and denominators [folds], summed over each of :data:`FOLDS` groups."""
     n, d = reading.numerators, reading.denominators
     if n is None or d is None or n.shape[1] < 2 * FOLDS:
         return None

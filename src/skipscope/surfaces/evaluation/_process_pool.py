@@ -1,9 +1,7 @@
-"""Copies of this process, made by fork, that compute side by side with one thread each: what a DataLoader's
-workers are.
+"""Forked copies of this process that compute in parallel, one thread each, like a DataLoader's workers.
 
-A fork has models, data and losses as they are, however they came about; only what is asked and what is
-answered goes through a pipe. It needs Linux and tensors in its own memory. A copy dies with the process that
-made it.
+A fork inherits models, data and losses that need not be picklable; only questions and answers go through a
+pipe. It needs Linux and tensors in host memory. A copy dies with the process that forked it.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-_AHEAD = 2  # questions a copy has: one it is at, one for when it has answered
+# Questions per copy: the current one and the next, so that it need not wait.
+_AHEAD = 2
 CAN_FORK = sys.platform == "linux"
 
 Question = TypeVar("Question")
@@ -30,22 +29,22 @@ Answer = TypeVar("Answer")
 
 
 class Lost(Exception):
-    """The copies cannot answer: all are dead, one is silent, or one has failed at its question."""
+    """The copies cannot answer: all are dead, none answers in time, or a question raised an error."""
 
 
 class Forked(Generic[Question, Answer]):
-    """Copies of this process that wait for questions.
+    """Pool of forked copies of this process that answer questions.
 
     Args:
-        compute: question -> answer, in a copy; both are pickled.
-        count: how many copies.
-        patience: seconds without any answer, twice, after which they are given up.
+        compute: question -> answer, called in a copy; both are pickled.
+        count: number of copies.
+        patience: timeout in seconds; after two timeouts without any answer the copies are given up.
     """
 
     def __init__(self, compute: Callable[[Question], Answer], count: int, patience: float):
         self.compute, self.patience, self._copies = compute, patience, {}
         context = multiprocessing.get_context("fork")
-        # A copy is stopped by us alone: it inherits that Ctrl-C does not reach it.
+        # Only this process stops a copy: the copy inherits the blocked SIGINT.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(count):
@@ -54,8 +53,7 @@ class Forked(Generic[Question, Answer]):
                     target=_serve, args=(compute, theirs, [ours, *self._copies]), daemon=True
                 )
                 with theirs, warnings.catch_warnings():
-                    # Python 3.12 warns of forks beside threads; a copy that hangs for this is given up
-                    # (`patience`).
+                    # Python 3.12 warns about forking beside threads; `patience` handles copies that hang.
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 self._copies[ours] = process
@@ -66,7 +64,7 @@ class Forked(Generic[Question, Answer]):
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in order.
+        """Answer the questions, in order.
 
         Raises:
             Lost: as :meth:`answers`.
@@ -75,8 +73,9 @@ class Forked(Generic[Question, Answer]):
         return [found[i] for i in range(len(questions))]
 
     def surely(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """As :meth:`answers`; what the copies cannot answer is answered here, with one thread too: the same
-        bits.
+        """Like :meth:`answers`, but compute here what the copies cannot answer.
+
+        One thread is used, for the same result bit for bit.
 
         Raises:
             Exception: what ``compute`` raises.
@@ -86,34 +85,35 @@ class Forked(Generic[Question, Answer]):
             for i, answer in self.answers(questions):
                 del left[i]
                 yield i, answer
-        except Lost:  # whatever it was, this process finds out
+        # If ``compute`` itself failed, it raises its error here.
+        except Lost:
             for i, question in left.items():
                 with one_thread():
                     answer = self.compute(question)
                 yield i, answer
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Number of a question and its answer, as they come. A copy that dies leaves its questions to the
-        others.
+        """Yield (question number, answer) as they arrive; questions of a copy that dies go to the others.
 
         Raises:
-            Lost: there are no more answers; the copies are gone.
+            Lost: no more answers will come; the copies are closed.
         """
         left, missing = deque(range(len(questions))), len(questions)
         asked: dict[Any, deque[int]] = {pipe: deque() for pipe in self._copies}
         try:
             while missing:
-                for ahead in range(1, _AHEAD + 1):  # everybody has one before anybody has two
+                # Every copy gets a first question before any copy gets a second.
+                for ahead in range(1, _AHEAD + 1):
                     for pipe in list(asked):
                         if not _ask(pipe, asked[pipe], ahead, left, questions):
-                            self._bury(pipe, asked, left)
+                            self._drop_copy(pipe, asked, left)
                 if not asked:
                     raise Lost("no copy is left")
                 busy = [pipe for pipe, own in asked.items() if own]
-                if not busy:  # the last questions were those of a copy that has just died
+                # The last questions belonged to a copy that has just died.
+                if not busy:
                     continue
-                # Twice: a process that was stopped for a while (Ctrl-Z) comes back to a first wait that is
-                # over.
+                # Wait twice: when a stopped process (Ctrl-Z) resumes, its first wait has timed out.
                 ready = wait(busy, self.patience) or wait(busy, self.patience)
                 if not ready:
                     raise Lost("the copies are silent")
@@ -121,34 +121,36 @@ class Forked(Generic[Question, Answer]):
                     try:
                         holds, answer = pipe.recv()  # type: ignore[union-attr]
                     except (EOFError, OSError):
-                        self._bury(pipe, asked, left)
+                        self._drop_copy(pipe, asked, left)
                         continue
                     if not holds:
                         raise Lost(answer)
                     missing -= 1
                     yield asked[pipe].popleft(), answer
         except BaseException:
-            self.close()  # answers may be on their way that nobody will fetch
+            # The pipes may hold answers that nobody will read.
+            self.close()
             raise
 
-    def _bury(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
+    def _drop_copy(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
         left.extendleft(reversed(asked.pop(pipe)))
         self._end(pipe)
 
     def _end(self, pipe: Any) -> None:
         process = self._copies.pop(pipe)
-        process.kill()  # it holds nothing that needs an end of its own
+        # A copy holds nothing that needs an orderly shutdown.
+        process.kill()
         process.join()
         pipe.close()
 
     def close(self) -> None:
-        """End the copies."""
+        """Kill the copies."""
         for pipe in list(self._copies):
             self._end(pipe)
 
 
 def _ask(pipe: Any, own: deque[int], ahead: int, left: deque[int], questions: Sequence[Any]) -> bool:
-    """Send a copy questions until it has ``ahead`` of them; False when it is dead."""
+    """Send a copy questions until it has ``ahead`` of them. Returns False if it is dead."""
     while left and len(own) < ahead:
         own.append(left.popleft())
         try:
@@ -159,8 +161,9 @@ def _ask(pipe: Any, own: deque[int], ahead: int, left: deque[int], questions: Se
 
 
 def _serve(compute: Callable[[Any], Any], pipe: Any, inherited: list[Any]) -> None:
+    # A parent's end of a pipe that stayed open here would hide the parent's death.
     for other in inherited:
-        other.close()  # the end of the process that made us must be seen as the end of our pipe
+        other.close()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -174,7 +177,7 @@ def _serve(compute: Callable[[Any], Any], pipe: Any, inherited: list[Any]) -> No
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """What a copy has."""
+    """Context with one torch thread, as in a copy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -186,10 +189,10 @@ def one_thread() -> Iterator[None]:
 def measured_in_a_copy(
     compute: Callable[[Question], Answer], question: Question, patience: float
 ) -> tuple[int, float, Answer]:
-    """Bytes that a copy allocates at the most to answer, the seconds it takes, and the answer.
+    """Answer one question in a copy. Returns the peak of allocated bytes, the seconds and the answer.
 
     Raises:
-        Lost: it cannot answer.
+        Lost: the copy cannot answer.
     """
 
     def measured(question: Question) -> tuple[int, float, Answer]:

@@ -1,11 +1,10 @@
-"""The forward pass of our own copy as one list of operations, with activation functions taken into the linear
-layers.
+"""Recorded forward pass of a private copy, with activation functions fused into the linear layers.
 
-:mod:`skipscope.surfaces.evaluation._onednn_linears` sees activation functions that are modules; here those
-that are called as functions are seen too (``F.gelu(self.fc(x))``). What looks at numbers on its way (``if
-x.sum() > 0``, ``.item()``) cannot be recorded and is refused by torch; what was read from a weight by other
-means would stand in the recording as a number that no longer moves, and is refused here. And, as every
-strategy, it is taken only if it gives the plain loop's numbers.
+:mod:`skipscope.surfaces.evaluation._onednn_linears` fuses activations that are modules; a recording also
+shows those that are called as functions (``F.gelu(self.fc(x))``). A forward pass that depends on values (``if
+x.sum() > 0``, ``.item()``) cannot be recorded and is refused by torch. A value read from a weight by other
+means would become a constant of the recording, and is refused here. As any strategy, it is used only if it
+gives the plain loop's values.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from torch.utils import _pytree as pytree
 from skipscope._data import Batch
 from skipscope._torch_private import fused_linear
 
-_MOST = 4  # shapes of batches: each is recorded
+# Largest number of batch shapes, because each needs its own recording.
+_MOST = 4
 
 Run = Callable[[nn.Module, Batch], Any]
 
 
 class Recorded:
-    """``run(copy, batch)``, recorded once for each shape of a batch.
+    """Forward pass ``run(copy, batch)``, recorded once for each batch shape.
 
     Args:
-        copy: our own, its linear layers run by oneDNN.
+        copy: private copy whose linear layers run by oneDNN.
         run: its forward pass.
 
     Raises:
-        ValueError: this forward pass cannot be recorded; torch has other errors for other reasons.
+        ValueError: this forward pass cannot be recorded; torch raises its own errors for other reasons.
     """
 
     def __init__(self, copy: nn.Module, run: Run):
@@ -72,7 +72,7 @@ class Recorded:
 
 
 def _take_in(graph: torch.fx.GraphModule) -> None:
-    """Let each linear layer compute the activation function that alone is given its output."""
+    """Fuse each activation function into the linear layer whose output only it reads."""
     aten, linear = torch.ops.aten, fused_linear().default
     names = {
         aten.gelu.default: "gelu", aten.relu.default: "relu", aten.tanh.default: "tanh",

@@ -1,10 +1,10 @@
-"""Strategies for evaluating points, each giving the plain loop's numbers to rounding.
+"""Strategies for evaluating points, each giving the plain loop's values to rounding.
 
-None is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may
-want oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), small
-networks a point a core (on several threads they wait for threads), a GPU wants its kernels replayed as one
-graph; compiling costs its own half minute. What won by less than 1.2 on every network of the benchmark is not
-here (other batch sizes, several points under one vmap, compiling on a CPU).
+No strategy is the fastest everywhere. Convolutions on a CPU run best in channels-last format and small
+batches; linear layers with oneDNN's kernel instead of torch's BLAS (twice as fast on some processors); small
+networks with one point per core, because several threads mostly wait for each other; and a GPU with its
+kernels replayed as one graph. Compiling costs half a minute. Strategies that won by less than 1.2 on every
+network of the benchmark are left out (other batch sizes, several points under one vmap, compiling on a CPU).
 :mod:`skipscope.surfaces.evaluation._autotune` times them.
 """
 
@@ -27,28 +27,32 @@ from skipscope.surfaces.evaluation._point_loss import PointLoss, Reading, joined
 from skipscope.surfaces.evaluation._process_pool import CAN_FORK, Forked, measured_in_a_copy, one_thread
 from skipscope.surfaces.evaluation._recorded_forward import Recorded
 
-_RECORD_S = 0.3  # what recording a forward pass may cost
-_IMPORT_S = 2.0  # and the first time, when torch has not loaded its compiler yet (an optimizer does, too)
-COMPILE_S = 40.0  # what compiling may cost
-_BATCH = 64  # samples of a convolution's batch: between the 32 and 128 that were as fast and slower
-_FORK_S = 0.03  # what a copy of this process may cost
+# Cost of recording a forward pass.
+_RECORD_S = 0.3
+# Cost of importing torch's compiler, if nothing has loaded it yet (an optimizer does).
+_IMPORT_S = 2.0
+# Cost of compiling.
+COMPILE_S = 40.0
+# Samples of a convolution's batch: 32 were as fast and 128 slower.
+_BATCH = 64
+# Cost of forking a copy of this process.
+_FORK_S = 0.03
 PER_CORE = ", a point a core"
 
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """A strategy that can be made.
+    """Strategy with its expected gain and cost.
 
     Attributes:
-        name: in results, in stores, and for ``strategy=``.
-        make: makes it.
-        gain: how many times as fast as the plain loop one of its kind has been on the networks of the
-            benchmark.
-        seconds: what making it may cost.
-        evaluations: what trying it may cost beside that, in evaluations of a point.
-        forks: copies of the process can use it, each with one thread.
-        reads_weights: at every point it reads all weights from where the loop has moved them, so that
-            agreement with the plain loop at the origin, where this has been read already, is enough.
+        name: name in results, in stores, and for ``strategy=``.
+        make: creates the strategy.
+        gain: speedup over the plain loop on the benchmark's networks.
+        seconds: cost of creating it.
+        evaluations: further cost of trying it, in evaluations of a point.
+        forks: whether forked copies of the process can use it, each with one thread.
+        reads_weights: whether it reads all weights from the moved parameters at every point. Then agreement
+            with the plain loop at the origin, whose reading is known already, is enough.
     """
 
     name: str
@@ -60,8 +64,7 @@ class StrategySpec:
     reads_weights: bool = False
 
 
-# --- the strategies
-# ------------------------------------------------------------------------------------------------------
+# --- the strategies ---
 
 
 def split_loop(
@@ -72,9 +75,7 @@ def split_loop(
     compiled: bool = False,
     recorded: bool = False,
 ) -> Loop:
-    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or
-    recorded model.
-    """
+    """The plain loop with smaller batches (``size``), channels-last, or a compiled or recorded model."""
     old = evaluator.plain.at_point
     data = _resplit(old.data, size, channels_last)
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
@@ -95,8 +96,7 @@ def split_loop(
         through_one_dnn(loop.moving.model, once)
     if recorded:
         loop.run = Recorded(loop.moving.model, loop.run)
-        # Recorded at the origin: a number that was read from a weight then shows where the weights have
-        # moved.
+        # Record at the origin: a constant read from a weight then shows as soon as the weights move.
         at_point.read(loop.moving.model, loop.run)
     return loop
 
@@ -125,8 +125,7 @@ def _resplit(data: Batches, size: int | None, channels_last: bool) -> Batches:
 
 
 class Replayed(Loop):
-    """The loop as one CUDA graph: kernels are recorded once on the copy's fixed addresses, and replayed at
-    each point.
+    """The loop as a CUDA graph: kernels are recorded once and replayed at each point.
 
     Args:
         loop: the loop to record.
@@ -143,10 +142,11 @@ class Replayed(Loop):
         )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # The fastest kernels are looked for once; the recording then holds them to the end.
+        # cuDNN benchmarks its kernels once, and the recording keeps the fastest.
         searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
         try:
-            with torch.cuda.stream(stream):  # libraries set themselves up outside the recording
+            # Libraries must initialise before the recording.
+            with torch.cuda.stream(stream):
                 for _ in range(2):
                     loop.at_point.read(loop.moving.model, loop.run)
             torch.cuda.current_stream().wait_stream(stream)
@@ -163,20 +163,20 @@ class Replayed(Loop):
 
 
 class WorkerPool:
-    """A point a core: copies of this process go through the loop, each with one thread.
+    """One point per core: forked copies of this process run the loop, each with one thread.
 
-    One thread's numbers are the same in a copy and here, so that how many copies there are changes no bit;
-    where there can be none, this process does it all.
+    One thread gives the same values in a copy and here, so the number of copies does not change the result.
+    Without forks this process evaluates all points.
 
     Args:
-        name: for the result.
-        loop: the loop.
-        cores: how many copies.
-        point: of the grid, to try on.
-        seconds: what a point takes here, about.
+        name: name of the strategy in the result.
+        loop: the loop to run.
+        cores: number of copies.
+        point: a grid point to try on.
+        seconds: approximate seconds per point in this process.
 
     Attributes:
-        first: the seconds that ``point`` took in a copy alone, and its reading; None without copies.
+        first: seconds that ``point`` took in a single copy, and its reading; None without copies.
 
     Raises:
         MemoryError: the copies would not fit.
@@ -206,29 +206,27 @@ class WorkerPool:
         return joined([found[i] for i in range(len(parts))])
 
     def close(self) -> None:
-        """End the copies."""
+        """Kill the copies."""
         if self._copies is not None:
             self._copies.close()
             self._copies = None
 
 
-# --- all of them
-# ---------------------------------------------------------------------------------------------------
+# --- all of them ---
 
 
 def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
-    """The strategies for this model on its device, the plain loop first, then the likeliest."""
+    """Yield the strategies for this model on its device: the plain loop, then the most promising first."""
     plain = evaluator.plain
     device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
     yield StrategySpec("plain", lambda: plain, forks=device == "cpu")
     if plain.draws or plain.recalibrates or plain.caches or plain.at_point.records:
         return
-    strength_tensor = (
-        evaluator.strength_tensor is not None
-    )  # a strength is read from outside the weights: only loops see it move
+    # A strength is not a weight, so a recording or a CUDA graph would not see it move.
+    strength_tensor = evaluator.strength_tensor is not None
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
     if device == "cpu" and convolutions:
-        # What a layer leaves should stay in the cache for the next one: tens of samples.
+        # With tens of samples a layer's output stays in the cache for the next layer.
         size = _BATCH if evaluator.mode != "batch" and max(plain.at_point.sizes) > _BATCH else None
         name = "channels last" + (f", batches of {size}" if size else "")
         yield StrategySpec(
@@ -253,12 +251,12 @@ def _replayed(make: Callable[[], Loop]) -> Strategy:
 
 
 def per_core(spec: StrategySpec, point: Point, seconds: float) -> StrategySpec:
-    """The same, a point a core.
+    """Variant of a strategy with one point per core.
 
     Args:
-        spec: one that forks.
-        point: of the grid, to try on.
-        seconds: what a point takes, about.
+        spec: a strategy that forks.
+        point: a grid point to try on.
+        seconds: approximate seconds per point.
     """
     name, cores = spec.name + PER_CORE, torch.get_num_threads()
 
@@ -267,5 +265,5 @@ def per_core(spec: StrategySpec, point: Point, seconds: float) -> StrategySpec:
         assert isinstance(loop, Loop)
         return WorkerPool(name, loop, cores, point, seconds)
 
-    # One point with one thread alone, and then one a core side by side.
+    # A trial evaluates one point in one thread, then one point per core in parallel.
     return StrategySpec(name, make, 1 + 0.4 * (cores - 1), (cores + 1) * _FORK_S, cores + 1.0)

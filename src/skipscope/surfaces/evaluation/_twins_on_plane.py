@@ -1,7 +1,7 @@
-"""Twins on one plane: what is computed at each point, as named numbers.
+"""Twins on one plane, and the named values computed at each point.
 
-For each twin k: ``k/value``; with per-sample losses ``k/stderr``, ``k/centre_stderr`` and the folds of
-the jackknife; each metric; and for a twin that shares the first one's weights ``k/difference_stderr``.
+For each twin k: ``k/value``; with per-sample losses ``k/stderr``, ``k/centre_stderr`` and the folds of the
+jackknife; each metric; and for a twin that shares the first twin's weights ``k/difference_stderr``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class TwinOnPlane:
     """One twin, ready to be evaluated.
 
     Attributes:
-        name: its key.
-        model: the user's.
-        directions: one an axis.
-        evaluator: goes to points.
-        shared: its weights are the first twin's.
-        fresh: the model with batch-norm statistics of its own, where those it came with were another's: a
-            copy, or under FSDP2 the user's own, which has them while it is at work.
+        name: key of the twin.
+        model: the user's model.
+        directions: one direction per axis.
+        evaluator: evaluates points.
+        shared: whether it has the first twin's weights.
+        fresh: model with batch-norm statistics measured again, because its own were the first twin's; None if
+            that was not needed. A copy, or under FSDP2 the user's model, which has them only while at work.
     """
 
     name: str
@@ -53,24 +53,24 @@ class TwinOnPlane:
 
     @property
     def origin(self) -> Reading:
-        """The reading at the origin, by the plain loop."""
+        """Reading at the origin, by the plain loop."""
         return self.evaluator.origin
 
     @property
     def centre(self) -> float:
-        """The loss at the origin."""
+        """Loss at the origin."""
         return float(self.origin.values[0])
 
     @property
     def has_samples(self) -> bool:
-        """Whether standard errors can be had."""
+        """Whether standard errors can be computed."""
         return influence(self.origin, self.evaluator.loss.sums) is not None
 
 
 def make_twins(
     models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
 ) -> list[TwinOnPlane]:
-    """Every twin with its directions: identical tensors for those that share the first one's weights."""
+    """Prepare every twin; twins that share the first twin's weights get identical directions."""
     first: TwinOnPlane | None = None
     twins: list[TwinOnPlane] = []
     keep = _directions_fit(models, data, axes)
@@ -86,9 +86,15 @@ def make_twins(
         )
         edited, strength_tensor = _with_strength(model, settings)
         make = partial(
-            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics or {}),
-            batch_norm=settings.batch_norm, l2=settings.l2, strength_tensor=strength_tensor,
-        )  # fmt: skip
+            Evaluator,
+            data=data,
+            loss=loss,
+            directions=directions,
+            metrics=dict(settings.metrics or {}),
+            batch_norm=settings.batch_norm,
+            l2=settings.l2,
+            strength_tensor=strength_tensor,
+        )
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
         frozen = shared and twin.evaluator.mode == "frozen"
         if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):
@@ -103,7 +109,7 @@ def make_twins(
 
 
 def _directions_fit(models: Mapping[str, nn.Module], data: Batches, axes: int) -> bool:
-    """Whether directions are held; shards of them always are, or refused on every rank."""
+    """Whether directions are kept in memory; shards always are, or are refused on every rank."""
     moved, error = list(next(iter(models.values())).parameters()), None
     if not isinstance(data, RankBatches):
         return directions_fit(models.values(), moved, axes)
@@ -116,8 +122,11 @@ def _directions_fit(models: Mapping[str, nn.Module], data: Batches, axes: int) -
 
 
 def _recalibrated(model: nn.Module, data: Batches, loss: Objective) -> tuple[nn.Module, Statistics]:
-    """The model with norm statistics measured again: a copy that has them; or, where there can be none, the
-    model itself and the statistics.
+    """Measure a model's batch-norm statistics again on the data.
+
+    Returns:
+        A copy with new statistics, and (); or a sharded model, which cannot be copied, itself and the new
+        statistics.
     """
     if not units(model):
         return average_statistics(private_copy(model, "landscape"), data, loss.run), ()
@@ -131,7 +140,7 @@ def refuse_own_directions(name: str, settings: Settings) -> None:
     """Refuse the user's own directions, or a plane, for a twin with other weights than the first.
 
     Raises:
-        SkipscopeError: as said.
+        SkipscopeError: directions or a plane are given.
     """
     if settings.own_directions is not None:
         raise SkipscopeError(
@@ -146,7 +155,7 @@ def refuse_own_directions(name: str, settings: Settings) -> None:
 def stale_statistics(
     first: nn.Module, twin: nn.Module, centre_of_first: float, centre_of_twin: float
 ) -> bool:
-    """The twin computes something else than the first with the first one's batch-norm statistics."""
+    """Whether the twin has the first twin's batch-norm statistics, but another loss."""
     if twin is first or centre_of_twin == centre_of_first:
         return False
     pairs = [(a.running_mean, b.running_mean) for a, b in zip(*map(norms_with_statistics, (twin, first)))]
@@ -154,12 +163,13 @@ def stale_statistics(
 
 
 def _with_strength(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
-    """The model, and a twin of it whose shortcuts' strength is a tensor of ours where that is an axis."""
+    """Replace the shortcuts' strength by a tensor if it is an axis. Returns the model and that tensor."""
     if settings.strength is None:
         return model, None
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     strength_tensor = torch.ones((), device=place)
-    from skipscope.shortcuts import ablate  # few planes have such an axis, and it loads all of finding
+    # Imported lazily: few planes have this axis, and ablate loads all of shortcut detection.
+    from skipscope.shortcuts import ablate
 
     twin = ablate(model, settings.strength, strength=strength_tensor)
     set_mode(twin, False)
@@ -167,7 +177,7 @@ def _with_strength(model: nn.Module, settings: Settings) -> tuple[nn.Module, tor
 
 
 def same_weights(first: nn.Module, other: nn.Module) -> bool:
-    """Parameters of the same names and values."""
+    """Whether both models have parameters of the same names and values."""
     a, b = dict(first.named_parameters()), dict(other.named_parameters())
     return a.keys() == b.keys() and all(
         a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(whole(a[n]), whole(b[n]))) for n in a
@@ -197,14 +207,14 @@ def directions_for(
 
 
 class Work:
-    """What one point of the grid costs and gives: the numbers of every twin.
+    """Computation of all twins' values at grid points.
 
     Args:
-        twins: the twins; differences are taken to the first.
+        twins: the twins; differences are to the first.
         axes: the grid's axes.
 
     Attributes:
-        names: the numbers' names, in order.
+        names: names of the values, in order.
     """
 
     def __init__(self, twins: list[TwinOnPlane], axes: tuple[np.ndarray, ...]):
@@ -223,12 +233,12 @@ class Work:
         return names
 
     def points(self, flat: np.ndarray) -> list[Point]:
-        """Coefficients of flat grid indices."""
+        """Coefficients of the points at flat grid indices."""
         places = np.unravel_index(flat, self.shape)
         return [tuple(float(at[i]) for at, i in zip(self.axes, place)) for place in zip(*places)]
 
     def __call__(self, flat: np.ndarray) -> np.ndarray:
-        """The numbers at flat grid indices, [names, points]."""
+        """Compute the values at flat grid indices, [names, points]."""
         points, out = self.points(flat), []
         first: np.ndarray | None = None
         for twin in self.twins:
@@ -237,15 +247,14 @@ class Work:
             if twin is self.twins[0]:
                 first = own
             elif twin.shared and own is not None and first is not None:
-                numbers.append(_size(own - first))
+                numbers.append(_standard_error(own - first))
             out += numbers
         return np.stack(out)
 
     def fingerprint(self) -> dict[str, float]:
         """Every twin's loss and metrics at the origin and at two opposite corners of the plane.
 
-        Other functions of the same names (a loss that is cut off where it is high) give others at the one or
-        the other.
+        They detect another loss or metric of the same name, for instance a loss that is clipped.
         """
         found = {}
         for twin in self.twins:
@@ -265,14 +274,14 @@ class Work:
         sums = twin.evaluator.loss.sums
         own, origin = influence(reading, sums), influence(twin.origin, sums)
         if own is not None and origin is not None:
-            numbers += [_size(own), _size(own - origin)]
+            numbers += [_standard_error(own), _standard_error(own - origin)]
         folds = fold_sums(reading)
         if folds is not None:
             numbers += list(_without_each(*folds, sums).T)
         return numbers, own
 
 
-def _size(influences: np.ndarray) -> np.ndarray:
+def _standard_error(influences: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         return np.sqrt(np.square(influences).sum(1))
 
@@ -287,7 +296,7 @@ def _without_each(numerators: np.ndarray, denominators: np.ndarray, sums: bool) 
 
 
 def folds_of(sheet: Sheet, twin: TwinOnPlane) -> list[tuple[float, np.ndarray]] | None:
-    """(centre, surface) without each group of samples in turn, or None."""
+    """(centre, surface) without each group of samples in turn. None without per-sample losses."""
     folds = fold_sums(twin.origin)
     if folds is None:
         return None

@@ -1,6 +1,4 @@
-"""Twins on a plane, ready to be evaluated: opened in a precision, with one strategy, and closed at the
-end.
-"""
+"""Setup of twins for evaluation: precision, strategy, and cleanup."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def open_twins(
     models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
 ) -> Iterator[list[TwinOnPlane]]:
-    """Make the twins; at the end none of their processes is left."""
+    """Context that prepares the twins, and ends their worker processes on exit."""
     twins = make_twins(models, data, loss, settings, axes)
     try:
         yield twins
@@ -44,7 +42,7 @@ def open_work(
     axes: tuple[np.ndarray, ...],
     strategies: Mapping[str, str],
 ) -> tuple[Work, ExitStack]:
-    """The work of a run in another process, and what must be closed at its end."""
+    """Set up a run's work in another process. Returns it and a stack to close at the end."""
     opened, first = ExitStack(), next(iter(models.values()))
     opened.enter_context(untouched(*models.values(), training=False, seed=0, operation="landscape"))
     opened.enter_context(precision_of(settings.precision, first))
@@ -58,7 +56,7 @@ def open_work(
 
 @contextmanager
 def precision_of(precision: Precision | None, model: nn.Module) -> Iterator[None]:
-    """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
+    """Context with the chosen precision; None keeps the model's own and torch's current settings."""
     require_option("landscape", "precision", precision, (None, "fp32", "tf32", *_PRECISIONS))
     device = next((p.device.type for p in model.parameters()), "cpu")
     if precision is None:
@@ -76,7 +74,7 @@ def precision_of(precision: Precision | None, model: nn.Module) -> Iterator[None
 
 
 def choose_for_all(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:
-    """Choose one strategy for all twins: the first one's, where it works."""
+    """Choose a strategy for the first twin, and use it for all twins that it works on."""
     some = some_points(work, count)
     choices = {}
     for twin in twins:
@@ -86,6 +84,6 @@ def choose_for_all(twins: list[TwinOnPlane], work: Work, count: int, wanted: str
 
 
 def some_points(work: Work, count: int) -> list[Point]:
-    """The points that strategies are tried on: from the middle on, where weights have moved."""
+    """Grid points to try strategies on: after the middle one, where the weights have moved."""
     middle = range(count // 2 + 1, min(count, count // 2 + 29))
     return work.points(np.array([*middle, *range(min(4, count // 2 + 1))][:28]))

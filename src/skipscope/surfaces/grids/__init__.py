@@ -1,1 +1,1 @@
-"""Grids of points, and the stores that keep them."""
+"""Grids of points, the engines that compute them, and the stores that keep them."""

@@ -1,14 +1,14 @@
-"""Coarse first, finer where it is needed: a grid whose smooth parts are interpolated, and checked.
+"""Adaptive grid: coarse first, refined where needed, interpolated elsewhere, with a check of the errors.
 
-Levels are nested: each halves the gaps of the one before it. A cell of a level is tested by computing its
-centre and holding it against a spline through the level's points, which has not seen it. Where it fails, the
-cell and its neighbours are computed at the next level; where it holds, the spline's values stand, marked as
-not computed. At the end points drawn at random are computed and held against what was interpolated; where one
-fails, the area around it is computed, and a draw of twice as many is made. A chaotic surface fails everywhere
-and ends as the full grid.
+Levels are nested: each halves the gaps of the one before. A cell is tested by computing its centre and
+comparing it with a spline through the level's points, which has not seen it. If the test fails, the cell and
+its neighbours are computed at the next level; if it passes, the spline's values are kept and marked as not
+computed. At the end, points drawn at random are computed and compared with the interpolated values. Around
+each point that fails, the area is computed, and twice as many points are drawn. A chaotic surface fails
+everywhere and ends as the full grid.
 
-The largest error of n points drawn at random bounds not all errors but most: how many at the most,
-:func:`beyond` says.
+The largest error of n random points bounds most, but not all, of the other errors; :func:`beyond` bounds the
+share of exceptions.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ import numpy as np
 
 from skipscope.surfaces.grids._grid import Sheet
 
-_COARSE = 5  # points an axis at the first level; bisection of any grid keeps its middle
-_DRAW = 24  # held-out points at the first draw
-_DOUBT = 0.05  # the probability that more points than said are further off than the largest error seen
+# Points per axis at the first level. Bisection of any grid keeps its middle.
+_COARSE = 5
+# Held-out points of the first draw.
+_DRAW = 24
+# Probability that the bound on the share of larger errors does not hold.
+_DOUBT = 0.05
 
 
 class Adaptive:
-    """Fills a sheet to a tolerance.
+    """Fill a grid to a tolerance.
 
     Args:
-        sheet: to be filled.
+        sheet: the grid to fill.
         axes: the grid's two axes.
-        compute: computes flat indices into the sheet.
-        fields: names of the values that must be right (each with the name of its standard error, or None).
-        tolerance: largest error as a share of each value's range over the surface; a standard error that is
-            larger is tolerance enough.
-        after_level: called when a level's points are computed and its spline was held against points that it
-            had not seen: the sheet is a whole surface then, and ``errors``, ``level`` and ``held_out`` are
-            that level's.
+        compute: computes points at flat indices into the sheet.
+        fields: names of the values that must meet the tolerance, each with its standard error's name or None.
+        tolerance: largest error as a share of each value's range over the surface; a larger standard error
+            replaces it.
+        after_level: called after a level's points are computed and its spline is tested on unseen points: the
+            sheet then holds a whole surface, and ``errors``, ``level`` and ``held_out`` are that level's.
 
     Attributes:
         level: rows and columns of the last level, whose points the splines pass through.
-        held_out: how many points were drawn at random in the end, and held; after a level, how many it was
-            held against.
-        beyond: share of the interpolated points that may be further off than ``errors``, with 95 %
-            confidence.
+        held_out: number of points in the final random draw, which passed; after a level, number of points it
+            was tested on.
+        beyond: upper 95 % bound on the share of interpolated points that are further off than ``errors``.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Adaptive:
         self.after_level = after_level
         self.shape = sheet.shape
         self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
-        self._in_logarithm: dict[str, bool] = {}  # which values are interpolated so; learnt at each level
+        # Which values are interpolated in their logarithm, decided at each level.
+        self._in_logarithm: dict[str, bool] = {}
         self.level: tuple[np.ndarray, np.ndarray] = np.arange(self.shape[0]), np.arange(self.shape[1])
         self.held_out, self.beyond = 0, 0.0
 
     def run(self) -> dict[str, float]:
-        """Fill the sheet; returns the largest error seen on held-out points, for each field."""
+        """Fill the sheet. Returns the largest error on held-out points, for each field."""
         levels = [_levels(n) for n in self.shape]
         rows, columns = levels[0][0], levels[1][0]
         self.compute(self._flat(*np.meshgrid(rows, columns, indexing="ij")))
@@ -91,8 +93,10 @@ class Adaptive:
         new: tuple[np.ndarray, np.ndarray],
         active: set[tuple[int, int]],
     ) -> set[tuple[int, int]]:
-        """Test the active cells of ``old``, compute the failing ones' points of ``new``; the next level's
-        cells.
+        """Test the active cells of ``old``, and compute the points of ``new`` in and around the failing ones.
+
+        Returns:
+            The active cells of the next level.
         """
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
@@ -104,7 +108,7 @@ class Adaptive:
         self.compute(centre_points)
         predicted = self._better(straight, logarithm, centre_points)
         if self.after_level is not None:
-            self._tell(old, predicted, centre_points, self.after_level)
+            self._report_level(old, predicted, centre_points, self.after_level)
         failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
         around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
         around = {
@@ -126,7 +130,7 @@ class Adaptive:
             for j in _cells_between(new[1], old[1][c[1]], old[1][c[1] + 1])
         }
 
-    def _tell(
+    def _report_level(
         self,
         level: tuple[np.ndarray, np.ndarray],
         predicted: dict[str, np.ndarray],
@@ -137,7 +141,7 @@ class Adaptive:
             value = self.sheet.data[self.sheet.names.index(name), points]
             self.errors[name] = float(self._error(predicted[name], value).max())
         self.level, self.held_out = level, len(points)
-        # With someone looking or not, the next level begins with the same bits.
+        # Restored below: the callback must not change what the next level starts from.
         before = self.sheet.data.copy()
         self._interpolate(level, np.arange(self.sheet.done.size))
         after_level()
@@ -170,15 +174,15 @@ class Adaptive:
     # --- interpolation ---
 
     def _interpolate(self, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> None:
-        """Give every point that is not computed the spline's value, for every number of the sheet."""
+        """Set every point that is not computed to the spline's value, for all values of the sheet."""
         points = points[~self.sheet.done[points]]
         if len(points):
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
                 computed = self.sheet.data[k, self.sheet.done]
-                # A loss (an error, a share) that is nowhere below zero does not go there between two points:
-                # a dip below all that was computed is the spline's. A metric (an accuracy) has a ceiling as
-                # well.
+                # A loss, error or share that is nowhere negative is not negative between two points
+                # either: a dip below all computed values is an artefact of the spline. A metric (an
+                # accuracy) is also limited from above.
                 lowest = np.nanmin(computed, initial=np.inf)
                 values = np.fmax(values, lowest) if lowest >= 0 else values
                 metric = "/metric/" in name and np.isfinite(computed).any()
@@ -188,7 +192,7 @@ class Adaptive:
     def _better(
         self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Of two predictions of each value the one that came closer; it is used from now on."""
+        """Select the better of two predictions for each value; the choice also applies to later splines."""
         chosen = {}
         for name, _ in self.fields:
             value = self.sheet.data[self.sheet.names.index(name), points]
@@ -205,9 +209,9 @@ class Adaptive:
 
         rows, columns = level
         values = _finite_filled(self.sheet[name][np.ix_(rows, columns)])
-        # Losses that span decades are often smoother in their logarithm, and stay positive when interpolated
-        # there.
-        if log is None:  # whatever belongs to a value (its folds, its error) is interpolated as it is
+        # Losses that span decades are often smoother in their logarithm, and interpolate to positive values.
+        # A value's folds and errors are interpolated like the value itself.
+        if log is None:
             log = any(
                 chosen and name.startswith(v.removesuffix("value"))
                 for v, chosen in self._in_logarithm.items()
@@ -215,9 +219,12 @@ class Adaptive:
         log = log and bool(values.min() > 0)
         degrees = [min(3, len(axis) - 1) for axis in level]
         fit = RectBivariateSpline(
-            self.axes[0][rows], self.axes[1][columns], np.log(values) if log else values,
-            kx=degrees[0], ky=degrees[1],
-        )  # fmt: skip
+            self.axes[0][rows],
+            self.axes[1][columns],
+            np.log(values) if log else values,
+            kx=degrees[0],
+            ky=degrees[1],
+        )
         i, j = np.unravel_index(points, self.shape)
         with np.errstate(over="ignore"):
             out = fit.ev(self.axes[0][i], self.axes[1][j])
@@ -226,7 +233,7 @@ class Adaptive:
     # --- the end ---
 
     def _verify(self, level: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        """Hold interpolated points against computed ones, drawn at random, until a whole draw holds."""
+        """Compare interpolated points, drawn at random, with computed values until a whole draw passes."""
         generator, draws, size = np.random.default_rng(0), 0, _DRAW
         gap = [int(np.max(np.diff(axis), initial=1)) for axis in level]
         while (left := np.flatnonzero(~self.sheet.done)).size:
@@ -255,12 +262,11 @@ class Adaptive:
 
 
 def beyond(drawn: int, left: int, draws: int = 1) -> float:
-    """Share of the points not drawn that may be further off than the largest error of those drawn, with 95 %
-    confidence.
+    """Upper 95 % bound on the share of points not drawn whose error exceeds the largest of those drawn.
 
-    Were K of all ``left`` points further off, a draw without replacement would miss them all with probability
-    C(left - K, drawn) / C(left, drawn); the largest K for which that is 5 % or more. Several draws, of which
-    the one that held is kept, share the 5 %.
+    If K of all ``left`` points were further off, a draw without replacement would miss them all with
+    probability C(left - K, drawn) / C(left, drawn); the bound is the largest K for which that is 5 % or more.
+    The last of several draws passed, so that they share the 5 %.
 
     Example:
         >>> round(beyond(24, 2500), 3), round(beyond(59, 2500), 3), beyond(24, 24)
@@ -274,7 +280,7 @@ def beyond(drawn: int, left: int, draws: int = 1) -> float:
 
 
 def _levels(n: int) -> list[np.ndarray]:
-    """Nested index sets from coarse to all, by halving gaps; the middle point is in each."""
+    """Nested index sets from coarse to all points, by halving gaps; each contains the middle point."""
     last = n - 1
     levels = [np.unique([0, last // 2, last])]
     while len(levels[-1]) < n:
@@ -297,9 +303,7 @@ def _cells_between(axis: np.ndarray, low: int, high: int) -> range:
 
 
 def _finite_filled(values: np.ndarray) -> np.ndarray:
-    """Values for a fit: what is not finite takes its nearest finite neighbour's (such cells fail their test
-    anyway).
-    """
+    """Replace non-finite values by the nearest finite value for a fit (their cells fail the test anyway)."""
     finite = np.isfinite(values)
     if finite.all():
         return values

@@ -1,4 +1,4 @@
-"""The plane's grid: its axes, its points, and the sheet of numbers that is filled in."""
+"""The plane's grid: its axes, its points, and the values at each point."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from skipscope._errors import SkipscopeError
 from skipscope._validation import is_integer
 from skipscope.surfaces.evaluation._memory_limits import check_grid
 
-Cell = tuple[int, ...]  # a point's place on the grid: (a, b), or (a,) on a line
+# Index of a grid point: (a, b), or (a,) on a line.
+Cell = tuple[int, ...]
 
 
 def axes(
     grid: int | Sequence[int], span: object, directions: int | None, strength: bool = False
 ) -> tuple[np.ndarray, ...]:
-    """One array of coefficients an axis.
+    """One array of coefficients per axis.
 
     Args:
-        grid: points an axis; a sequence of one is a line.
-        span: half width; or one an axis; or (low, high) an axis.
-        directions: how many axes there are, or None when the grid says it.
-        strength: the first axis is a shortcut strength, from 0 to 1 where the span is one number.
+        grid: points per axis; a sequence of length 1 is a line.
+        span: half width; or one per axis; or (low, high) per axis.
+        directions: number of axes, or None if the grid determines it.
+        strength: whether the first axis is a shortcut strength, from 0 to 1 if the span is one number.
 
     Raises:
-        SkipscopeError: sizes or ranges that make no grid.
+        SkipscopeError: the sizes or ranges are invalid.
     """
     count = directions or (len(grid) if isinstance(grid, Sequence) else 2)
     sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * count
     if len(sizes) != count or count not in {1, 2} or not all(map(is_integer, sizes)):
         raise SkipscopeError(
             "landscape",
-            "this is no grid",
+            "this is not a grid",
             expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line",
             got=repr(grid),
         )
-    check_grid(math.prod(map(int, sizes)), 1, usual=32)  # before the axes are made
+    # Before the axes are allocated.
+    check_grid(math.prod(map(int, sizes)), 1, usual=32)
     ranges = _ranges(span, [int(n) for n in sizes])
     if strength and not isinstance(span, Sequence | np.ndarray):
         ranges[0] = (0.0, 1.0)
@@ -46,8 +48,9 @@ def axes(
     for n, (low, high) in zip(sizes, ranges):
         steps = np.arange(int(n))
         if n == 1:
-            at = np.array([(low + high) / 2])  # one point is the middle, not an end
-        elif low == -high:  # built from the middle, so that the origin is exactly 0 and both halves mirror
+            at = np.array([(low + high) / 2])
+        # Built from the middle, so that the origin is exactly 0 and both halves mirror.
+        elif low == -high:
             at = high * (2 * steps - (n - 1)) / (n - 1)
         else:
             at = np.linspace(low, high, int(n))
@@ -66,7 +69,7 @@ def _ranges(span: object, sizes: Sequence[int]) -> list[tuple[float, float]]:
     ):
         raise SkipscopeError(
             "landscape",
-            "this is no span",
+            "this is not a span",
             expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
             got=repr(span),
         )
@@ -79,13 +82,13 @@ def _range(span: Any) -> tuple[float, float]:
 
 
 class Sheet:
-    """Named numbers on a grid, filled in point by point.
+    """Named values on a grid, filled in point by point.
 
     Attributes:
-        names: of the numbers.
-        shape: of the grid.
-        data: [names, points], NaN where nothing was computed.
-        done: which points were computed, [points]; a computed NaN is done all the same.
+        names: names of the values.
+        shape: shape of the grid.
+        data: values [names, points], NaN at points that are not computed.
+        done: which points are computed, [points]; also True for a computed NaN.
     """
 
     def __init__(self, names: Sequence[str], shape: tuple[int, ...]):
@@ -106,7 +109,7 @@ class Sheet:
 
 
 def rows(shape: tuple[int, ...], size: int) -> list[np.ndarray]:
-    """Flat indices in units of ``size`` points that lie along the last axis, for moving there is cheapest."""
+    """Flat indices in units of ``size`` points along the last axis, where moving is cheapest."""
     length = shape[-1]
     starts = range(0, length, size) if size < length else (0,)
     return [

@@ -1,9 +1,9 @@
-"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives, but where
-the ranks of a sharded model evaluate each point together.
+"""Engines that compute the units of a grid: this process, torchrun's ranks, or a Ray cluster.
 
-Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the
-others'. When nothing has come for a while a rank is taken for lost, and those that are left compute its
-units: both may write one, which does no harm, for a unit has the same bits whoever computes it.
+There are no collectives, unless the ranks of a sharded model evaluate each point together. Under torchrun
+each rank takes every WORLD_SIZE-th unit, writes it to the store, and then waits for the other ranks' units. A
+rank that writes nothing for a while counts as lost, and the others compute its units. Two ranks may then
+write the same unit, which is harmless: its values are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from skipscope.surfaces.grids._surface_store import Store
 ENGINES = get_args(Engine)
 Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 _POLL_S = 0.02
-_PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
+# Without a new unit for so long, and for five units' time, a rank counts as lost.
+_PATIENCE_S = 10.0
 
 
 def engine_for(engine: Engine, stored: bool) -> Engine:
-    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this
-    process.
+    """Resolve the engine: "auto" is torchrun if there are several ranks and a store, else this process.
 
     Raises:
-        SkipscopeError: an unknown engine, or ranks without a store.
+        SkipscopeError: the engine is unknown, or "torchrun" without a store.
     """
     if engine == "auto":
         return "torchrun" if stored and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "local"
@@ -50,19 +50,19 @@ def engine_for(engine: Engine, stored: bool) -> Engine:
 
 
 class Runner:
-    """Computes points into a sheet, and into the store if there is one.
+    """Compute points into a sheet, and into the store, if any.
 
     Args:
-        sheet: filled.
-        work: flat indices -> numbers [names, points].
-        store: kept as it comes, or None.
+        sheet: the grid to fill.
+        work: flat indices -> values [names, points].
+        store: keeps each unit as it is computed, or None.
         engine: "local", "torchrun" or "ray".
-        what: for the progress display.
-        at_once: points computed together where no store says how many.
-        remote: computes units elsewhere and yields (unit, numbers) as they come.
-        in_flight: points that a killed process may lose: a store's units are computed together up to that
-            many.
-        group: ranks that evaluate each point together: all of them make the same calls.
+        what: text of the progress display.
+        at_once: points computed together without a store.
+        remote: computes units elsewhere and yields (unit, values) as they arrive.
+        in_flight: points that a killed process may lose; up to so many points of a store's units are
+            computed together.
+        group: ranks that evaluate each point together, each making the same calls.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Runner:
         self.at_once, self.remote, self.in_flight, self.group = at_once, remote, in_flight, group
         self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
-        # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then
-        # decides as the first one did.
+        # Stored points enter the sheet only when they are requested, so that a resumed adaptive run makes the
+        # same decisions as the first.
         self.kept = Sheet(sheet.names, sheet.shape)
 
     def compute(self, points: np.ndarray) -> None:
-        """Make sure that ``points`` are done."""
+        """Compute those of ``points`` that are not done."""
         points = np.unique(points)
         points = points[~self.sheet.done[points]]
         if self.store is not None and not self.kept.done[points].all():
@@ -101,11 +101,11 @@ class Runner:
         self.sheet.put(points, self.kept.data[:, points])
 
     def _compute(self, units: list[np.ndarray]) -> None:
-        # Shared out before what is done is left out: ranks that begin at different times see different units
-        # done, and must still agree on whose each one is.
+        # Units are assigned before those done are dropped: ranks that start at different times see different
+        # units done, and must still agree on the assignment.
         mine = self._missing(units[self.rank :: self.world])
         longest, last = 0.0, time.perf_counter()
-        computed = (self.remote or self._here)(mine)
+        computed = (self.remote or self._compute_here)(mine)
         if self.group is None or self.group.rank == 0:
             computed = track(computed, self.what, len(mine))
         for unit, numbers in computed:
@@ -114,7 +114,7 @@ class Runner:
         if self.world > 1:
             self._wait(units, max(_PATIENCE_S, 5 * longest))
 
-    def _here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _compute_here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for group in _groups(units, self.in_flight):
             numbers = self.work(np.concatenate(group))
             ends = np.cumsum([len(unit) for unit in group])
@@ -129,7 +129,7 @@ class Runner:
             self.store.write(unit, numbers)
 
     def _wait(self, units: list[np.ndarray], patience: float) -> None:
-        """Until the other ranks' units are there, or their silence says that someone must take them over."""
+        """Wait for the other ranks' units; after ``patience`` seconds without any, compute missing ones."""
         assert self.store is not None
         done, since = -1, time.monotonic()
         while True:
@@ -143,19 +143,19 @@ class Runner:
             elif time.monotonic() - since > patience:
                 unit = missing[self.rank % len(missing)]
                 self._keep(unit, self.work(unit))
-                done += len(unit)  # our own unit is no sign of life
+                # This rank's own unit is no sign of life of another rank.
+                done += len(unit)
             else:
-                time.sleep(
-                    min(1.0, max(_POLL_S, 4 * (time.monotonic() - began)))
-                )  # reading must not slow the others
+                # Frequent reading would slow the other ranks.
+                time.sleep(min(1.0, max(_POLL_S, 4 * (time.monotonic() - began))))
 
 
 def lost_rank(stored: bool, done: np.ndarray | None = None) -> SkipscopeError:
-    """What is said on the ranks that are left.
+    """Error for the remaining ranks.
 
     Args:
-        stored: there is a store.
-        done: which points it has; None where it was not opened yet.
+        stored: whether there is a store.
+        done: which points it has; None if it is not open yet.
     """
     cure = 'start again with store="surface.zarr": what is done is then kept'
     if stored:
@@ -170,7 +170,7 @@ def lost_rank(stored: bool, done: np.ndarray | None = None) -> SkipscopeError:
 
 
 def _groups(units: Sequence[np.ndarray], most: int) -> list[list[np.ndarray]]:
-    """Units in groups of up to ``most`` points, at least one unit each."""
+    """Group units into groups of up to ``most`` points, each with at least one unit."""
     groups: list[list[np.ndarray]] = []
     points = 0
     for unit in units:

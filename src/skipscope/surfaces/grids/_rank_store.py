@@ -1,4 +1,4 @@
-"""A store that the first rank keeps, for ranks that evaluate each point together."""
+"""A store kept by rank 0, for ranks that evaluate each point together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from skipscope.surfaces.results._grid_exports import Exported
 
 
 class RankStore:
-    """As :class:`Store`, each call by all ranks: the first one reads and writes, and all have its errors.
+    """:class:`Store` whose calls are collective: rank 0 reads and writes, and its errors reach all ranks.
 
     Args:
         group: the ranks.
-        open_store: opens the store, on the first rank.
+        open_store: opens the store, on rank 0.
     """
 
     def __init__(self, group: RankGroup, open_store: Callable[[], Store]):
@@ -29,7 +29,7 @@ class RankStore:
         self._store, self.plan = group.done_by_first("landscape", opened)
 
     def units(self, points: np.ndarray) -> list[np.ndarray]:
-        """The units that hold these points, each whole."""
+        """The whole units that contain these points."""
         return units_of(self.plan, points)
 
     def write(self, unit: np.ndarray, numbers: np.ndarray) -> None:
@@ -37,7 +37,7 @@ class RankStore:
         self._by_first(lambda store: store.write(unit, numbers))
 
     def read_into(self, sheet: Sheet) -> None:
-        """Put everything that is done into ``sheet``."""
+        """Copy all stored points into ``sheet``."""
 
         def read(store: Store) -> tuple[np.ndarray, np.ndarray]:
             store.read_into(sheet)
@@ -47,7 +47,7 @@ class RankStore:
         sheet.data[:], sheet.done[:] = data, done
 
     def finish(self, result: Exported) -> None:
-        """Keep the finished result beside the numbers."""
+        """Save the finished result beside the values."""
         self._by_first(lambda store: store.finish(result))
 
     def _by_first(self, work: Callable[[Store], Shared]) -> Shared:

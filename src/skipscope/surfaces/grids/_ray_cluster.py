@@ -1,7 +1,7 @@
-"""The same units of work on a Ray cluster: a task a unit, with Ray's own retries when a worker dies.
+"""Units of work on a Ray cluster: one task per unit, with Ray's retries if a worker dies.
 
-The models, the samples and the settings are put into Ray's object store once. A worker process builds its
-evaluators on its first unit and keeps them; it uses as many threads as a point has here, for the same bits.
+Models, samples and settings are put into Ray's object store once. A worker builds its evaluators on its first
+unit and keeps them; it uses as many threads per point as this process, for the same result bit for bit.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from skipscope.surfaces.evaluation._work_setup import open_work
 from skipscope.surfaces.grids._grid_runner import Remote
 
 _RETRIES = 5
-_built: dict[str, tuple[Any, ExitStack]] = {}  # in a worker: the work of the job it is at
+# The work of a worker's current job.
+_built: dict[str, tuple[Any, ExitStack]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs.
+    """Everything that a worker needs.
 
     Attributes:
-        key: of the job, so that a worker builds it once.
-        models: the user's.
+        key: identifier of the job, so that a worker builds it once.
+        models: the user's models.
         data: resident batches.
         loss: the objective.
-        settings: the call's.
-        axes: of the grid.
-        strategies: each twin's.
-        threads: that a point has in the process that asks.
+        settings: settings of the call.
+        axes: axes of the grid.
+        strategies: each twin's strategy.
+        threads: threads per point in the calling process.
     """
 
     key: str
@@ -60,17 +61,16 @@ def job(
     axes: tuple[np.ndarray, ...],
     strategies: dict[str, str],
 ) -> Job:
-    """A job under a key of its own."""
+    """Create a job with a unique key."""
     settings = dataclasses.replace(settings, store=None, engine="local", directions=settings.own_directions)
-    alone = any(
-        name.endswith(PER_CORE) for name in strategies.values()
-    )  # then the cluster's tasks are what is side by side
+    # A strategy with one point per core runs each point in one thread, and so must a task.
+    alone = any(name.endswith(PER_CORE) for name in strategies.values())
     threads = 1 if alone else torch.get_num_threads()
     return Job(uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, threads)
 
 
 def on_ray(job: Job) -> Remote:
-    """A function that computes units on the cluster and yields them as they come.
+    """Create a function that computes units on the cluster and yields them as they arrive.
 
     Raises:
         MissingExtra: Ray is not installed.
@@ -98,7 +98,7 @@ def on_ray(job: Job) -> Remote:
 
 
 def compute_unit(job: Job, unit: np.ndarray) -> np.ndarray:
-    """One unit, in a worker."""
+    """Compute one unit, in a worker."""
     if job.key not in _built:
         for _, opened in _built.values():
             opened.close()

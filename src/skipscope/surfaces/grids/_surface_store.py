@@ -1,10 +1,8 @@
-"""Results kept as they come: a zarr 3 array whose every chunk is one unit of work, written whole or not at
-all.
+"""Stores of results: a zarr 3 array in which each chunk is a unit of work, written atomically.
 
-Row 0 of the array says which points are done, so that the mask and the numbers of a unit are one file and
-cannot disagree, however the process ends; a checksum says whether the file is as it was written. The folder
-also holds what the numbers belong to: weights, data, settings. A folder made by others is refused, never
-mixed.
+Row 0 of the array marks the points that are done, so that the mask and the values of a unit are in one file
+and cannot disagree, however the process ends; a checksum detects a damaged file. The folder also identifies
+the weights, data and settings that the values belong to. A folder with others is refused, never mixed.
 """
 
 from __future__ import annotations
@@ -30,23 +28,24 @@ from skipscope.surfaces.results._grid_exports import Exported
 
 AWAY = "away from the origin"
 _NUMBERS, _METADATA, _BUILDING = "sheet", "zarr.json", ".building-"
-_DEAD_S = 10.0  # a temporary file lives for milliseconds; one this old was left by a process that was killed
+# A temporary file lives for milliseconds; an older one was left by a killed process.
+_DEAD_S = 10.0
 PLAN, _RESULT = "skipscope.json", "result.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a store's numbers are.
+    """Identity and layout of a store's values.
 
     Attributes:
-        identity: weights, data, settings: must be the same to resume.
-        probes: numbers by what they are, measured at the origin and away from it: another loss or metric of
-            the same name gives others. At the origin they must agree to a relative 1e-4, elsewhere (``AWAY``
-            in the name) to 1e-2, for far out a network may carry another machine's rounding further.
-        names: the numbers at each point.
-        points: how many points the grid has.
-        unit: points a chunk.
-        strategy: the one that was chosen first; all later ones use it, for the same bits.
+        identity: weights, data and settings, which must be the same to resume.
+        probes: loss and metrics at the origin and away from it, to detect another loss or metric of the same
+            name. At the origin they must agree to a relative 1e-4; elsewhere (``AWAY`` in the name) to 1e-2,
+            because far out a network may amplify another machine's rounding.
+        names: names of the values at each point.
+        points: number of grid points.
+        unit: points per chunk.
+        strategy: strategy chosen by the first run; later runs use it too, for the same result bit for bit.
     """
 
     identity: dict[str, Any]
@@ -58,10 +57,9 @@ class Plan:
 
 
 def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
-    """The plan of an existing store; None when the folder does not exist or is empty.
+    """Read the plan of an existing store. Returns None if the folder does not exist or is empty.
 
-    The plan stands in its own file and among the array's attributes; where one of the two is damaged the
-    other is read.
+    The plan is in its own file and among the array's attributes; if one is damaged, the other is read.
 
     Raises:
         SkipscopeError: the folder holds something else.
@@ -90,7 +88,7 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
     """Refuse a store that belongs to other weights, data or settings.
 
     Raises:
-        SkipscopeError: naming what differs.
+        SkipscopeError: the store does not match; the error names what differs.
     """
     ours = json.loads(json.dumps(wanted.identity))
     differs = [key for key in {**ours, **found.identity} if ours.get(key) != found.identity.get(key)]
@@ -101,16 +99,18 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
     if differs:
         first = differs[0]
         raise SkipscopeError(
-            "landscape", f"the store {folder} was made with other {', '.join(sorted(differs))}",
+            "landscape",
+            f"the store {folder} was made with other {', '.join(sorted(differs))}",
             expected=_brief(found.identity.get(first)) if first in found.identity else None,
             got=_brief(ours.get(first)) if first in ours else None,
             cure="choose another folder, or the same weights, data and settings",
-        )  # fmt: skip
+        )
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
-    """What has another value: a function of the same name that computes something else; a metric alone if it
-    is one.
+    """Name the probes with other values: all differing metrics, or else the first of the rest.
+
+    A function of the same name may compute something else.
     """
     wrong = [
         name
@@ -128,7 +128,7 @@ def _brief(value: Any) -> str:
 
 
 def units_of(plan: Plan, points: np.ndarray) -> list[np.ndarray]:
-    """The units of a plan that hold these points, each whole."""
+    """The whole units of a plan that contain these points."""
     size = plan.unit
     return [np.arange(u * size, min((u + 1) * size, plan.points)) for u in np.unique(points // size)]
 
@@ -137,8 +137,8 @@ class Store:
     """An open store.
 
     Args:
-        folder: where it is.
-        plan: what it holds.
+        folder: folder of the store.
+        plan: its plan.
 
     Attributes:
         wrote: whether a unit was written since it was opened.
@@ -146,15 +146,15 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str], plan: Plan):
         self.folder, self.plan, self.wrote = Path(folder), plan, False
-        self._array, self._told = self._opened(), False
-        self._sweep()
+        self._array, self._warned = self._opened(), False
+        self._remove_stale_files()
 
     @classmethod
     def opened(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
-        """The store in the folder, or a new one.
+        """Open the store in the folder, or create one.
 
         Raises:
-            SkipscopeError: it belongs to other weights, data or settings, or cannot be made.
+            SkipscopeError: the store belongs to other weights, data or settings, or cannot be created.
         """
         found = read_plan(folder)
         if found is None:
@@ -164,20 +164,21 @@ class Store:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
-        """A new store; of several processes that try at once the first wins, and the others open its store.
+        """Create a store; if several processes try at once, the first wins and the others open its store.
 
         Raises:
-            SkipscopeError: the folder cannot be made.
+            SkipscopeError: the folder cannot be created.
         """
-        # A symlink is followed; a mount point and the working directory cannot be renamed: the parts are,
-        # inside.
+        # A symlink is followed. A mount point or the working directory cannot be renamed, so the files
+        # inside it are.
         folder = Path(os.path.realpath(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             building = Path(tempfile.mkdtemp(dir=folder, prefix=_BUILDING))
             try:
                 _make_array(building / _NUMBERS, plan)
-                with contextlib.suppress(FileExistsError, OSError):  # another process was first
+                # Fails if another process was first.
+                with contextlib.suppress(FileExistsError, OSError):
                     os.rename(building / _NUMBERS, folder / _NUMBERS)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
@@ -191,9 +192,7 @@ class Store:
         return cls(folder, found)
 
     def _opened(self) -> Any:
-        """The array; its metadata and the plan's own file are made again from the plan where they are
-        damaged.
-        """
+        """Open the array, after rewriting a damaged plan file or damaged metadata from the plan."""
         path = self.folder / _NUMBERS
         if not (self.folder / PLAN).exists() or _unreadable_json(self.folder / PLAN):
             write_whole(self.folder / PLAN, json.dumps(self.plan.__dict__, indent=1))
@@ -201,7 +200,8 @@ class Store:
             array = _zarr().open_array(str(path), mode="r+")
             if array.shape == (1 + len(self.plan.names), self.plan.points):
                 return array
-        except Exception:  # zarr has many errors for a file that is no metadata
+        except Exception:
+            # zarr raises many kinds of errors for damaged metadata.
             pass
         building = Path(tempfile.mkdtemp(dir=self.folder, prefix=_BUILDING))
         try:
@@ -214,39 +214,42 @@ class Store:
             shutil.rmtree(building, ignore_errors=True)
         return _zarr().open_array(str(path), mode="r+")
 
-    def _sweep(self) -> None:
-        """Remove what killed processes left half written."""
+    def _remove_stale_files(self) -> None:
+        """Remove files left half written by killed processes."""
         now = time.time()
-        with contextlib.suppress(OSError):  # a folder that is only read
+        # The folder may be read-only.
+        with contextlib.suppress(OSError):
             for entry in [*self.folder.iterdir(), *(self.folder / _NUMBERS).rglob("*.partial")]:
                 with contextlib.suppress(OSError):
                     if _is_temporary(entry) and now - entry.stat().st_mtime > _DEAD_S:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def units(self, points: np.ndarray) -> list[np.ndarray]:
-        """The units that hold these points, each whole."""
+        """The whole units that contain these points."""
         return units_of(self.plan, points)
 
     def write(self, unit: np.ndarray, numbers: np.ndarray) -> None:
-        """Keep one unit: one file, by rename.
+        """Write one unit, as one file, by an atomic rename.
 
         Raises:
-            SkipscopeError: it cannot be written (a full disk); what was kept before can still be read.
+            SkipscopeError: it cannot be written (a full disk); earlier units can still be read.
         """
         try:
             self._array[:, unit[0] : unit[-1] + 1] = np.vstack([np.ones((1, len(unit))), numbers])
         except OSError as error:
             raise SkipscopeError(
-                "landscape", f"cannot write to the store {self.folder}: {error.strerror or error}",
+                "landscape",
+                f"cannot write to the store {self.folder}: {error.strerror or error}",
                 cure="make room and run the same call again: it resumes from what is there",
-            ) from error  # fmt: skip
+            ) from error
         self.wrote = True
 
     def read_into(self, sheet: Sheet) -> None:
-        """Put everything that is done into ``sheet``. A unit whose checksum does not hold is not done."""
+        """Copy all stored points into ``sheet``. A unit with a wrong checksum counts as not done."""
         try:
             kept = np.asarray(self._array[:])
-        except Exception:  # a chunk that was cut, emptied or flipped: each kind has an error of its own
+        except Exception:
+            # Each kind of damaged chunk (cut, emptied, flipped bits) raises another error.
             kept = self._read_by_unit()
         done = kept[0] == 1
         sheet.data[:, done] = kept[1:, done]
@@ -258,10 +261,10 @@ class Store:
             part = slice(unit[0], unit[-1] + 1)
             try:
                 kept[:, part] = self._array[:, part]
-            except Exception:  # as above
+            except Exception:
                 bad += 1
-        if bad and not self._told:
-            self._told = True
+        if bad and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"skipscope: {bad} damaged {'part' if bad == 1 else 'parts'} of the store {self.folder} (a"
                 " checksum does not hold): computed again",
@@ -270,9 +273,7 @@ class Store:
         return kept
 
     def finish(self, result: Exported) -> None:
-        """Keep the finished result beside the numbers, for ``skipscope.load``; and as arrays, for
-        ``xarray.open_zarr``.
-        """
+        """Save the finished result for ``skipscope.load``, and its arrays for ``xarray.open_zarr``."""
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for layer in result.layers():
             names = ("alpha", "beta") if layer.betas.size else ("alpha",)
@@ -286,14 +287,16 @@ class Store:
             self._write_arrays(arrays)
             write_whole(self.folder / _RESULT, _result.dumps(result))
         except (OSError, SkipscopeError) as error:
+            # A finished store on a read-only disk needs no new result.
             if not self.wrote and not _unreadable_json(self.folder / _RESULT):
-                return  # a finished store on a disk that is only read
+                return
             reason = getattr(error, "strerror", None) or getattr(error, "problem", error)
             raise SkipscopeError(
-                "landscape", f"cannot write the result to the store {self.folder}: {reason}",
+                "landscape",
+                f"cannot write the result to the store {self.folder}: {reason}",
                 cure="make room and run the same call again: all its numbers are there",
-            ) from error  # fmt: skip
-        self._sweep()
+            ) from error
+        self._remove_stale_files()
 
     def _write_arrays(self, arrays: dict[str, tuple[tuple[str, ...], np.ndarray]]) -> None:
         zarr, metadata = _zarr(), self.folder / _METADATA
@@ -302,13 +305,17 @@ class Store:
         group = zarr.open_group(str(self.folder), mode="a", use_consolidated=False)
         for name, (dimensions, values) in arrays.items():
             made = group.create_array(
-                name, shape=values.shape, dtype="float64", chunks=values.shape, fill_value=np.nan,
-                dimension_names=dimensions, overwrite=True,
-            )  # fmt: skip
+                name,
+                shape=values.shape,
+                dtype="float64",
+                chunks=values.shape,
+                fill_value=np.nan,
+                dimension_names=dimensions,
+                overwrite=True,
+            )
             made[...] = values
-        with (
-            warnings.catch_warnings()
-        ):  # all arrays' metadata in one file, or a reader is warned of our other files
+        # Without consolidated metadata a reader warns about the store's other files.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(str(self.folder))
 
@@ -343,9 +350,10 @@ def _unreadable_json(path: Path) -> bool:
 
 def _unusable(folder: Path, error: OSError) -> SkipscopeError:
     return SkipscopeError(
-        "landscape", f"cannot make the store {folder}: {error.strerror or error}",
+        "landscape",
+        f"cannot make the store {folder}: {error.strerror or error}",
         cure="choose a folder that can be written and has room",
-    )  # fmt: skip
+    )
 
 
 def _zarr() -> Any:
@@ -357,14 +365,15 @@ def _zarr() -> Any:
 
 
 def read_store(path: Path) -> _result.Result | None:
-    """What ``skipscope.load`` gives for a landscape's folder; None when it is not one.
+    """Load the result from a landscape's folder. Returns None if the folder is no store.
 
     Raises:
-        SkipscopeError: the run that fills the store has not finished.
+        SkipscopeError: the run is not finished, or the folder holds several stores.
     """
     if not (path.is_dir() and (path / _NUMBERS).exists()):
         inside = sorted(plan.parent for plan in path.glob(f"*/{PLAN}")) if path.is_dir() else []
-        if inside:  # several seeds, or twins' maps
+        # Several seeds or several twins' maps have a store each.
+        if inside:
             raise SkipscopeError(
                 "load",
                 f"{path} holds several stores",

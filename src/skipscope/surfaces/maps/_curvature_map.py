@@ -1,6 +1,6 @@
 """|lambda_min / lambda_max| over a landscape's grid: where the loss is convex in all directions, not in two.
 
-The convexity map of Li et al. (arXiv 1712.09913, section 6), of one network or of twins side by side.
+This is the convexity map of Li et al. (arXiv 1712.09913, section 6), for one network or for twins.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OPERATION = "curvature_map"
 
 
 class _Options(TypedDict, total=False):
-    """For type checkers: the options of the call, with the meanings they have there."""
+    """Options of :func:`curvature_map`, for type checkers."""
 
     grid: int | Sequence[int]
     span: Any
@@ -100,43 +100,42 @@ def curvature_map(
 ) -> CurvatureMap | PairedMaps:
     """Both ends of the Hessian's spectrum at every point of a landscape's grid.
 
-    The plane is that of :func:`landscape` with the same seed and settings, so that the two lie on top of each
-    other. Local, or shared between torchrun's ranks as a landscape is.
+    The plane is that of :func:`landscape` with the same seed and settings, so that map and surface can be
+    overlaid. Local, or shared between torchrun's ranks as a landscape is.
 
     Args:
-        model: in eval mode; only read. Or twins, name -> model: those that share the first one's weights
-            (removed, detached) are moved along its directions, others along the same draw, normalised to
-            their own filters. Batch-norm statistics that a twin has of the first one and that do not fit it
-            are measured again, and said so.
+        model: evaluated in eval mode; only read. Or twins, name -> model: twins that share the first one's
+            weights (removed, detached) move along its directions; others along the same draw, normalised to
+            their own filters. If a twin has the first one's batch-norm statistics but computes something
+            else, they are measured again, with a note in the result.
         data: one batch or re-iterable batches; read once and kept.
-        loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
+        loss: ``loss(output, target)``; left out if the output carries ``.loss``; or ``@ss.objective``.
         grid: as in :func:`landscape`; a point costs some ten products with the Hessian.
         span: as in :func:`landscape`.
-        seed: as in :func:`landscape`; of the solver's random vectors too.
-        store: a folder to keep finished rows in, where the same call resumes; inside a landscape's store it
-            takes a folder of its own, and so does each twin.
-        directions: as in :func:`landscape`; with twins only for those that share weights.
+        seed: as in :func:`landscape`; also the random seed of the solver's vectors.
+        store: folder to keep finished rows in, from which the same call resumes. Each twin, and a map inside
+            a landscape's store, gets its own subfolder.
+        directions: as in :func:`landscape`; with twins only if all share weights.
         normalize: as in :func:`landscape`.
         zero: as in :func:`landscape`.
-        parameters: names or patterns of what moves, and in which the curvature is taken; default: all that
-            move, and all that require a gradient.
+        parameters: names or patterns of the parameters that move and that the curvature is taken in; default:
+            all may move, and the curvature is taken in all that require a gradient.
         orthogonal: as in :func:`landscape`.
         samples: use a random subset of the data of this size.
         tol: largest residual, relative to max |lambda| at the point.
-        confidence: the probability asked for at every sixteenth point, and where a row begins; see
+        confidence: required probability at the start of a row and at every sixteenth point; see
             :class:`CurvatureMap`.
-        max_products: at one point; after these it is marked as not converged.
+        max_products: largest number of products at a point, after which it is marked as not converged.
         basis: vectors of a solve, as in :func:`extreme_eigenvalues`.
         matrix: "hessian" or "gauss_newton".
-        engine: "local", "torchrun", or "auto": the ranks when there are some and a store, else local.
-        weight: what a batch counts for in the mean over batches.
+        engine: "local", "torchrun", or "auto": torchrun if there are several ranks and a store, else local.
+        weight: weight of a batch in the mean over batches.
 
     Returns:
         A :class:`CurvatureMap`; for twins :class:`PairedMaps`.
 
     Raises:
-        SkipscopeError: model, data, loss or settings that cannot be used, or a store that holds something
-            else.
+        SkipscopeError: model, data, loss or settings cannot be used, or the store holds something else.
 
     Example:
         >>> import torch, skipscope as ss
@@ -147,23 +146,36 @@ def curvature_map(
     """
     if engine == "ray":
         raise SkipscopeError(
-            _OPERATION, "a map is not computed on Ray", expected="local or torchrun", got=engine,
+            _OPERATION,
+            "a map is not computed on Ray",
+            expected="local or torchrun",
+            got=engine,
             cure="several processes share one as ranks: torchrun --nproc-per-node=N, with store=",
-        )  # fmt: skip
+        )
     paired = isinstance(model, Mapping)
     if paired and not model:
         raise SkipscopeError(
             _OPERATION, "no twins were given", expected='a model, or {"with": model, "without": plain}'
         )
     settings = Settings(
-        grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
-        parameters=parameters, orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
-    )  # fmt: skip
+        grid=grid,
+        span=span,
+        seed=seed,
+        store=store,
+        directions=directions,
+        normalize=normalize,
+        zero=zero,
+        parameters=parameters,
+        orthogonal=orthogonal,
+        samples=samples,
+        engine=engine,
+        weight=weight,
+    )
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
-    models = {name: unwrapped(one) for name, one in named.items()}
-    for one in models.values():
-        require_module(one, _OPERATION)
-        refuse_spread(one, _OPERATION)
+    models = {name: unwrapped(network) for name, network in named.items()}
+    for network in models.values():
+        require_module(network, _OPERATION)
+        refuse_spread(network, _OPERATION)
     first = next(iter(models.values()))
     at = axes(grid, span, settings.axis_count)
     held = resident(first, data, loss, samples, seed)
@@ -175,15 +187,15 @@ def curvature_map(
 
 
 class _Plane:
-    """What all maps of a call have in common.
+    """Plane, data and solver that all maps of a call share.
 
     Args:
-        settings: the call's.
+        settings: settings of the call.
         at: the grid's axes.
         data: resident batches.
         loss: the objective.
-        how: which matrix.
-        options: what is asked of a point that is solved afresh.
+        how: options of the matrix.
+        options: solver options for a point without a warm start.
     """
 
     def __init__(
@@ -207,7 +219,7 @@ class _Plane:
     def maps(
         self, models: Mapping[str, nn.Module], paired: bool
     ) -> tuple[dict[str, CurvatureMap], list[str], bool]:
-        """Every model's map; what must be known of them; and whether all share the first one's weights."""
+        """Compute every model's map. Returns them, notes, and whether all share the first one's weights."""
         (first_name, first), *_ = models.items()
         centre, directions = self._centre(first), directions_for(first, self.settings, len(self.at))
         maps, notes, apart = {}, [], []
@@ -242,7 +254,7 @@ class _Plane:
         require_memory(_OPERATION, operator.shape[0], options, operator.basis_device)
         sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
         identity = self._identity(model, moved, operator)
-        # Rows, and segments of a line, start again: with or without a store a walk starts at the same points.
+        # A walk restarts at each row, or segment of a line, so that a store does not change where it starts.
         unit = sheet.shape[-1] if len(sheet.shape) > 1 else SEGMENT
         walk = Walk(operator, moved, self.at, options)
         kept = None
@@ -304,7 +316,8 @@ class _Plane:
 def _open(store: Any, twin: str, plan: Plan) -> Store:
     folder = Path(store)
     found = read_plan(folder) if not twin or (folder / PLAN).exists() else None
-    if found is not None and "map" not in found.identity["settings"]:  # a landscape's
+    # The folder is a landscape's store.
+    if found is not None and "map" not in found.identity["settings"]:
         folder = folder / "curvature"
     if twin:
         folder = folder / re.sub(r"[^\w.-]+", "_", twin)

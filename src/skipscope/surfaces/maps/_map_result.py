@@ -1,4 +1,4 @@
-"""What a curvature map is: both ends of the Hessian's spectrum on a landscape's grid."""
+"""Result of a curvature map: both ends of the Hessian's spectrum on a landscape's grid."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ from skipscope.surfaces.results._grid_exports import Exported, Layer
 
 @dataclass(frozen=True, eq=False)
 class CurvatureMap(Exported):
-    """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight
-    space.
+    """Smallest and largest eigenvalue of the Hessian at every point of a plane or line in weight space.
 
     Attributes:
-        name: which network.
-        smallest: ``[a, b]``; nan where the loss is not finite.
-        largest: ``[a, b]``.
-        residuals: a bound on the distance of both to an eigenvalue ``[a, b]``.
-        probability: how surely no eigenvalue is farther out ``[a, b]``: by more than the tolerance where
-            ``checked``, by more than half of max |lambda| elsewhere; over the random starts.
-        converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 %
-            elsewhere ``[a, b]``.
-        checked: the probability is that for the tolerance; elsewhere the solver walked on from neighbours
-            ``[a, b]``.
+        name: name of the network.
+        smallest: smallest eigenvalue ``[a, b]``; nan where the loss is not finite.
+        largest: largest eigenvalue ``[a, b]``.
+        residuals: bound on the distance of both to an eigenvalue ``[a, b]``.
+        probability: probability, over the random starts, that no eigenvalue lies farther out ``[a, b]``: by
+            more than the tolerance where ``checked``, by more than half of max |lambda| elsewhere.
+        converged: whether the residual is within the tolerance and the probability at least ``confidence``
+            where ``checked``, 90 % elsewhere ``[a, b]``.
+        checked: whether the probability holds for the tolerance; elsewhere the solver only continued from
+            neighbours ``[a, b]``.
         alphas: the first axis ``[a]``.
         betas: the second axis ``[b]``; empty for a line.
-        tol: the tolerance, relative to max |lambda| at a point.
-        confidence: the probability asked for where ``checked``.
-        products: spent on the whole map.
-        differed: checks at which the walk had gone wrong; the points before them were solved afresh.
-        method: the mode of the products.
+        tol: tolerance, relative to max |lambda| at a point.
+        confidence: required probability where ``checked``.
+        products: matrix-vector products of the whole map.
+        differed: number of checks that found the preceding points wrong, so that those were solved again.
+        method: how products were computed.
         matrix: "hessian" or "gauss_newton".
-        parameters: the size of the matrix.
-        loss_name: the loss.
-        seed: of directions and solver.
-        weights_hash: of the model's parameters and buffers.
-        data_hash: of the data.
+        parameters: number of parameters, the size of the matrix.
+        loss_name: name of the loss.
+        seed: random seed of directions and solver.
+        weights_hash: hash of the model's parameters and buffers.
+        data_hash: hash of the data.
 
     Example:
         >>> import torch, skipscope as ss
@@ -72,23 +71,23 @@ class CurvatureMap(Exported):
     data_hash: str
 
     def __post_init__(self):
-        # A file keeps numbers; masks become masks again.
+        # A loaded file holds numbers instead of booleans.
         for name in ("converged", "checked"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
 
     @property
     def ratio(self) -> np.ndarray:
-        """|lambda_min / lambda_max| ``[a, b]``, the paper's map: near 0 where the loss is nearly convex."""
+        """|lambda_min / lambda_max| ``[a, b]``, as in the paper: near 0 where the loss is nearly convex."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(self.smallest / self.largest)
 
     @property
     def convex(self) -> np.ndarray:
-        """Where no eigenvalue is below zero by more than its bound ``[a, b]``; False where not converged."""
+        """Whether no eigenvalue is below zero by more than its bound ``[a, b]``; False if not converged."""
         return self.converged & (self.smallest >= -self.residuals)
 
     def table(self) -> Table:
-        """The map in a few numbers."""
+        """Table that summarises the map."""
         ratio = self.ratio[self.converged]
         rows = [
             ["grid", " x ".join(str(n) for n in self.smallest.shape)],
@@ -107,8 +106,8 @@ class CurvatureMap(Exported):
             (
                 f"At {int(self.checked.sum())} points nothing is farther out by more than the tolerance"
                 f" with probability {100 * self.confidence:g} %, at the others by more than half of max"
-                f" |lambda| with 90 %; the walk had gone wrong before {self.differed} of the checks, and was"
-                " done again there."
+                f" |lambda| with 90 %; {self.differed} checks found a wrong value, and the points before"
+                " it were solved again."
             ),
             "Convex: no eigenvalue below zero by more than its bound.",
         ]
@@ -118,7 +117,7 @@ class CurvatureMap(Exported):
         yield self.layer()
 
     def layer(self, name: str = "") -> Layer:
-        """The map's numbers on its grid; under another name where it is one of several."""
+        """The map's values on its grid; ``name`` distinguishes several maps."""
         columns = {
             "smallest": self.smallest,
             "largest": self.largest,
@@ -136,9 +135,9 @@ class PairedMaps(Exported):
     """Curvature maps of twins on one plane: with shortcuts and without.
 
     Attributes:
-        maps: by twin.
-        shared_weights: every twin has the same weights as the first (removed, detached, other strength).
-        notes: what was done to make them comparable, and what may not be compared.
+        maps: twin -> map.
+        shared_weights: whether every twin has the first twin's weights (removed, detached, other strength).
+        notes: what was done to make the maps comparable, and what must not be compared.
 
     Example:
         >>> import torch, skipscope as ss
@@ -154,7 +153,7 @@ class PairedMaps(Exported):
     notes: tuple[str, ...]
 
     def table(self) -> Table:
-        """The maps in a few numbers, side by side."""
+        """Table that summarises the maps side by side."""
         tables = {name: found.table() for name, found in self.maps.items()}
         first = next(iter(tables.values()))
         rows = [

@@ -1,11 +1,11 @@
-"""Both ends of the Hessian's spectrum from point to point of a grid: each solve starts where its neighbours
-ended.
+"""Extreme Hessian eigenvalues at each point of a grid, each solve started from its neighbours' results.
 
-Neighbours have nearly the same outermost eigenvectors, so a row is walked from one end: its first point is
-solved afresh, each next one starts near the eigenvectors of the two before it, continued in a straight line.
-Between them a solve stops when nothing grossly farther out is likely; at every sixteenth point it continues
-until it is as sure as a fresh one (the start has a random part, so it can be), and where its ends then move,
-an eigenvalue has overtaken from elsewhere: the points since the last such check are solved afresh.
+Neighbours have nearly the same outermost eigenvectors, so a row is processed from one end. Its first point is
+solved without a warm start; each later point starts near a linear extrapolation of the last two points'
+eigenvectors. A solve stops as soon as no eigenvalue is likely to lie grossly farther out. At every sixteenth
+point it continues until it is as certain as without a warm start, which the random part of the start allows.
+If the ends then move, another eigenvalue has become outermost, and the points since the last such check are
+solved again without a warm start.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from skipscope.surfaces.grids._surface_store import AWAY
 from skipscope.surfaces.planes._directions import Direction
 
 NAMES = ["smallest", "largest", "residual", "probability", "converged", "products", "checked", "differs"]
-SEGMENT = 64  # columns after which a walk starts again
-_CHECK = 16  # columns between two points where the ends must be as sure as those of a fresh solve
-_SMALL = (
-    32  # parameters: the whole space is no more than a walk's products, and every point is as sure as can be
-)
-SCREENING = (
-    0.9,
-    0.5,
-)  # elsewhere: the probability that nothing is farther out by more than this share of max |lambda|
+# Columns after which a walk starts again.
+SEGMENT = 64
+# Columns between two points whose ends must be as certain as without a warm start.
+_CHECK = 16
+# For so few parameters the whole space costs no more products than a walk, so every point is certain.
+_SMALL = 32
+# Confidence and margin elsewhere: the probability that no eigenvalue lies farther out by more than this share
+# of max |lambda|.
+SCREENING = (0.9, 0.5)
 
 
 class Walk:
-    """The numbers at grid points, along a row.
+    """Solve grid points one after another along a row.
 
     Args:
         operator: the matrix; its parameters move.
-        directions: of the axes.
+        directions: one direction per axis.
         at: the axes.
-        options: what is asked of a point that is solved afresh.
+        options: solver options for a point without a warm start.
     """
 
     def __init__(
@@ -56,10 +56,11 @@ class Walk:
         self.origin = {n: p.detach().clone() for n, p in parameters if any(n in d for d in directions)}
 
     def __call__(self, flat: np.ndarray) -> np.ndarray:
-        """The numbers at flat grid indices ``[names, points]``."""
+        """Compute the values at flat grid indices ``[names, points]``."""
         out, row = np.full((len(NAMES), len(flat)), np.nan), len(self.at[-1])
         before: list[Tensor] = []
-        unchecked: list[int] = []  # points of the walk since the last check
+        # Points since the last check.
+        unchecked: list[int] = []
         for i, index in enumerate(flat):
             column = int(index % row) % SEGMENT
             before = before if column else []
@@ -75,10 +76,9 @@ class Walk:
         return out
 
     def fingerprint(self) -> dict[str, float]:
-        """Losses, and lengths of the matrix's image of a fixed vector, at the origin and at two corners of
-        the plane.
+        """Loss, and norm of the matrix times a fixed vector, at the origin and two corners of the plane.
 
-        Another loss or another choice of parameters gives others.
+        Another loss or another choice of parameters gives other values.
         """
         operator, found = self.operator, {}
         vector = gaussian_blocks(operator.shape[0], 0, operator.basis_device)(1)
@@ -91,7 +91,7 @@ class Walk:
             found[f"loss {place}"] = operator.loss()
             try:
                 found[f"curvature {place}"] = float(operator.apply(vector).norm())
-            except SkipscopeError:  # not finite
+            except SkipscopeError:
                 found[f"curvature {place}"] = math.nan
         return found
 
@@ -104,7 +104,8 @@ class Walk:
             if near is not None and not found.converged:
                 spent, certain = found.products, True
                 found = self._solve(index, None, certain)
-        except SkipscopeError:  # not finite: far out a loss may be
+        except SkipscopeError:
+            # Far out, the loss may not be finite.
             return np.array([math.nan] * 4 + [0.0, math.nan, 0.0, 0.0]), []
         low, high = found.order(1)[:, 0]
         numbers = [
@@ -130,7 +131,7 @@ class Walk:
         return find_ends(operator.apply, operator.shape[0], options, device=operator.basis_device, near=near)
 
     def _moved(self, found: Ends) -> bool:
-        """Whether a walk that had stopped as early as its other points would have given something else."""
+        """Whether stopping as early as at the points between checks would have given other ends."""
         if found.screened is None:
             return False
         ends = found.values[found.order(1)[:, 0]]
@@ -147,11 +148,11 @@ class Walk:
 
 
 def _continued(before: list[Tensor]) -> Tensor:
-    """Eigenvectors at the next point ``[2, n]``, from those at the last one or two."""
+    """Extrapolate eigenvectors ``[2, n]`` to the next point, from the last one or two points."""
     last = before[0]
     if len(before) == 1:
         return last
     inner = (last * before[1]).sum(1, keepdim=True)
     line = 2 * last - inner.sign() * before[1]
-    # Where they turned by much it is another eigenvector, and there is no line to follow.
+    # After a large turn it is another eigenvector, which cannot be extrapolated.
     return torch.where(inner.abs() > 0.8, line / line.norm(dim=1, keepdim=True), last)

@@ -1,7 +1,6 @@
-"""A row of a map a core: rows are walked by copies of this process, each with one thread.
+"""Worker pool for the rows of a map: forked copies of this process, one thread each.
 
-The products of small networks are over before a second thread has woken up, and rows need nothing of each
-other.
+The products of small networks are too short to gain from more threads, and rows are independent.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ from skipscope.surfaces.evaluation._memory_limits import fits
 from skipscope.surfaces.evaluation._process_pool import CAN_FORK, Forked, Lost, measured_in_a_copy
 from skipscope.surfaces.grids._grid_runner import Remote
 
-_BASIS = 100  # vectors of a solve, in float64, about
+# Approximate number of float64 vectors of a solve.
+_BASIS = 100
 
 
 @contextmanager
 def rows_side_by_side(
     work: Callable[[np.ndarray], np.ndarray], operator: CurvatureOperator, rows: int, points: int
 ) -> Iterator[Remote | None]:
-    """What computes rows in copies of this process; None where it had better do so itself.
+    """Context with a function that computes rows in copies of this process, or None if that does not pay.
 
     Args:
-        work: flat indices of a row -> its numbers.
-        operator: whose products take the time.
-        rows: how many there are.
-        points: of a row.
+        work: flat indices of a row -> its values.
+        operator: the matrix, whose products dominate the time.
+        rows: number of rows.
+        points: points per row.
     """
     cores, copies = torch.get_num_threads(), None
     if CAN_FORK and 1 < cores <= rows and operator.device.type == "cpu":
@@ -56,9 +56,10 @@ def _copies(
         needed, *_ = measured_in_a_copy(
             lambda _: float(operator.apply(vector).sum()), 0, 10 + 100 * cores * seconds
         )
-    except Lost:  # autograd cannot run in a copy once a GPU has been used
+    except Lost:
+        # For instance, autograd cannot run in a copy once a GPU has been used.
         return None
     if not fits(cores * (needed + _BASIS * vector.numel() * vector.element_size())):
         return None
-    # Hundreds of products at every point, at the most.
+    # The timeout assumes at most hundreds of products at every point.
     return Forked(work, cores, 600 + 1000 * cores * seconds * points)

@@ -1,8 +1,7 @@
 """Directions in weight space: Gaussian, normalised filter by filter to the weights, defined by their seed.
 
-Notation: w_f is filter f of the weights, d_f the same filter of a direction.
-A *direction* is a mapping from names to tensors over a model's parameter names; a name that is missing has
-zero direction.
+Notation: w_f is filter f of the weights, d_f the same filter of a direction. A *direction* maps a model's
+parameter names to tensors; a missing name has zero direction.
 
 Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A filter is an output channel:
 
@@ -52,26 +51,25 @@ def random_direction(
 ) -> Direction:
     """A Gaussian direction, normalised to the model's weights.
 
-    The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get
-    the same draw for the parameters they have in common, on any device and in any precision; nobody's random
-    state is touched. Local; collective under FSDP2, where each rank keeps its shard of the same direction.
+    The draw of a parameter depends only on the seed, the axis, its name and its shape, so that twins get the
+    same draw for common parameters, on any device and in any precision. The global random state is unchanged.
+    Local; collective under FSDP2, where each rank keeps its shard of the same direction.
 
     Args:
-        model: whose weights give names, shapes and norms.
-        seed: of the private generator.
-        axis: 0 or 1 (or more): directions of one seed that are drawn apart.
+        model: model whose weights give names, shapes and norms.
+        seed: seed of the private generator.
+        axis: 0 or 1 (or more): independent directions of one seed.
         normalize: "filter"; "layer" (all of a module's moved parameters together); "tensor"; "none".
-        zero: what has no direction: any of "biases", "norms", "embeddings".
-        parameters: names or patterns (``"layer1.*"``) of what has a direction; default: all parameters.
+        zero: kinds of parameters without a direction: any of "biases", "norms", "embeddings".
+        parameters: names or patterns (``"layer1.*"``) of parameters with a direction; default: all.
         like: make the direction orthogonal to this one, filter by filter, before it is normalised.
-        keep: hold the tensors; False draws each again whenever it is asked for, for models that fill the
-            memory.
+        keep: hold the tensors; False draws a tensor again at each access, for models that fill the memory.
 
     Returns:
         Name -> tensor of the parameter's shape, dtype and device, for each parameter that moves.
 
     Raises:
-        SkipscopeError: an unknown normalisation, or nothing is left to move.
+        SkipscopeError: the normalisation is unknown, or no parameter is left to move.
 
     Example:
         >>> direction = random_direction(nn.Linear(3, 2), seed=1)
@@ -86,14 +84,14 @@ def random_direction(
 
 
 class SeededDirection(Mapping[str, Tensor]):
-    """A direction that holds nothing: every tensor is drawn and normalised again when it is asked for.
+    """Direction without stored tensors: a tensor is drawn and normalised again at each access.
 
-    For models whose directions do not fit beside them.
+    For models whose directions do not fit into memory beside them.
 
     Args:
-        moved: what moves, with each parameter's filter dimension.
-        seed: of the draw.
-        axis: of the draw.
+        moved: parameters that move, with their filter dimension.
+        seed: seed of the draw.
+        axis: axis of the draw.
         normalize: as in :func:`random_direction`.
         like: as in :func:`random_direction`.
     """
@@ -135,14 +133,14 @@ class SeededDirection(Mapping[str, Tensor]):
         draw = _gaussian(f"{self.seed}/{self.axis}/{name}/{tuple(weight.shape)}", weight)
         if self.like is not None and name in self.like:
             by_filter = dimension if self.normalize == "filter" else None
-            draw = _without(draw, doubled(whole(self.like[name])), by_filter)
+            draw = _project_out(draw, doubled(whole(self.like[name])), by_filter)
         return draw
 
 
 def moved_parameters(
     model: nn.Module, zero: Zeroable | Iterable[Zeroable], parameters: str | Iterable[str] | None = None
 ) -> dict[str, tuple[Tensor, int]]:
-    """Each parameter that has a direction, with the dimension its filters lie in."""
+    """Parameters that have a direction, with the dimension that indexes their filters."""
     zero = set((zero,) if isinstance(zero, str) else zero)
     for kind in zero:
         require_option("landscape", "kind of parameter to leave still", kind, ZEROABLE)
@@ -179,7 +177,8 @@ def moved_parameters(
 
 def _filter_dimension(owner: nn.Module, weight: Tensor) -> int:
     if weight.ndim < 2:
-        return -1  # a vector is one filter
+        # A vector is a single filter.
+        return -1
     swapped = isinstance(owner, _TRANSPOSED) or class_name(owner) == "Conv1D"
     return 1 if swapped else 0
 
@@ -188,7 +187,7 @@ def _gaussian(key: str, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     )
-    # Always drawn in float32 on the CPU: the same numbers for every precision and device.
+    # Always drawn in float32 on the CPU, for the same values in every precision and on every device.
     if like.is_complex():
         draw = torch.view_as_complex(torch.randn((*like.shape, 2), generator=generator))
         return draw.to(like.device, torch.complex128)
@@ -196,19 +195,20 @@ def _gaussian(key: str, like: Tensor) -> Tensor:
 
 
 def doubled(tensor: Tensor) -> Tensor:
-    """``tensor`` in double precision, complex where it is complex."""
+    """Convert to float64, or to complex128 if ``tensor`` is complex."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """``tensor``; a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of
-    weight space.
+    """View a complex tensor as real, ``[*shape, 2]``, and return a real tensor unchanged.
+
+    A complex weight is two coordinates of weight space.
     """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
-    """|t_f| for each filter, in float64, shaped to broadcast against ``tensor``."""
+    """Norm of each filter, in float64, shaped to broadcast against ``tensor``."""
     tensor = doubled(tensor)
     if dimension < 0 or tensor.ndim < 2:
         return tensor.norm().reshape([1] * tensor.ndim)
@@ -216,8 +216,8 @@ def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
     return torch.linalg.vector_norm(tensor, dim=others, keepdim=True)
 
 
-def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
-    """``draw`` less its part along ``other``, filter by filter (or as a whole tensor)."""
+def _project_out(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
+    """Project ``other`` out of ``draw``, filter by filter (or as a whole tensor)."""
     size, inner = other.abs().square(), (draw * other.conj()).real
     if dimension is None or dimension < 0:
         square, along = size.sum(), inner.sum()
@@ -225,61 +225,73 @@ def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
         others = [i for i in range(draw.ndim) if i != dimension]
         square, along = size.sum(others, keepdim=True), inner.sum(others, keepdim=True)
     rest = draw - other * torch.where(square > 0, along / square.clamp(min=1e-300), 0.0)
-    # A filter with one element has no orthogonal partner; it stays as drawn.
+    # A filter with a single element has no orthogonal direction; it stays as drawn.
     single = draw.numel() == 1 or (dimension is not None and draw.numel() == draw.shape[dimension])
     return draw if single else rest
 
 
 def _ratio(wanted: Tensor, has: Tensor) -> Tensor:
-    # A filter of zeros has no scale to follow (zero-initialised layers): its direction is zero, never 0/0.
+    # A filter of zeros (zero-initialised layers) gives no scale: its direction is zero, never 0/0.
     return torch.where(has > 0, wanted / has.clamp(min=1e-300), 0.0)
 
 
 def checked_direction(direction: Any, model: nn.Module) -> Direction:
-    """A user's own direction, read and refused with the shapes when it does not fit the model."""
+    """Read the user's own direction, and refuse it if it does not fit the model."""
     parameters = dict(model.named_parameters())
     if not isinstance(direction, Mapping) or not direction:
         raise SkipscopeError(
-            "landscape", "this is not a direction", expected="a dict from parameter names to tensors",
-            got=type(direction).__name__, cure="dict(zip((n for n, _ in model.named_parameters()), tensors))",
-        )  # fmt: skip
+            "landscape",
+            "this is not a direction",
+            expected="a dict from parameter names to tensors",
+            got=type(direction).__name__,
+            cure="dict(zip((n for n, _ in model.named_parameters()), tensors))",
+        )
     read = {}
     for name, tensor in direction.items():
         if name not in parameters:
             raise SkipscopeError(
-                "landscape", "a direction names a parameter that the model does not have", layer=str(name),
+                "landscape",
+                "a direction names a parameter that the model does not have",
+                layer=str(name),
                 expected=f"one of {', '.join(list(parameters)[:6])}, ...",
-            )  # fmt: skip
+            )
         try:
             tensor = torch.as_tensor(tensor)
         except (TypeError, ValueError, RuntimeError) as error:
             raise SkipscopeError(
-                "landscape", "a direction holds something that is no tensor", layer=name,
-                expected=tuple(parameters[name].shape), got=f"{type(tensor).__name__}: {tensor!r:.80}",
-            ) from error  # fmt: skip
+                "landscape",
+                "a direction holds something that is no tensor",
+                layer=name,
+                expected=tuple(parameters[name].shape),
+                got=f"{type(tensor).__name__}: {tensor!r:.80}",
+            ) from error
         if tensor.shape != parameters[name].shape:
             raise SkipscopeError(
-                "landscape", "a direction does not have its parameter's shape", layer=name,
-                expected=tuple(parameters[name].shape), got=tuple(tensor.shape),
-            )  # fmt: skip
+                "landscape",
+                "a direction does not have its parameter's shape",
+                layer=name,
+                expected=tuple(parameters[name].shape),
+                got=tuple(tensor.shape),
+            )
         if tensor.is_complex() and not parameters[name].is_complex():
             raise SkipscopeError(
-                "landscape", "a direction is complex and its parameter is real", layer=name,
-                expected=str(parameters[name].dtype), got=str(tensor.dtype), cure="its .real part",
-            )  # fmt: skip
+                "landscape",
+                "a direction is complex and its parameter is real",
+                layer=name,
+                expected=str(parameters[name].dtype),
+                got=str(tensor.dtype),
+                cure="its .real part",
+            )
         tensor = whole(tensor.detach()).to(parameters[name].device, parameters[name].dtype)
         read[name] = spread_like(tensor, parameters[name])
     return read
 
 
-# --- what is measured on directions
-# --------------------------------------------------------------------------------
+# --- what is measured on directions ---
 
 
 def inner(a: Direction, b: Direction) -> float:
-    """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary
-    parts.
-    """
+    """Inner product of two directions over all parameters, in float64; complex numbers as two reals."""
     return sum(_inner(whole(a[n]), whole(b[n])) for n in a if n in b)
 
 
@@ -288,13 +300,13 @@ def _inner(a: Tensor, b: Tensor) -> float:
 
 
 def cosine(a: Direction, b: Direction) -> float:
-    """Cosine between two directions; NaN when one is zero."""
+    """Cosine between two directions; NaN if either is zero."""
     size = (inner(a, a) * inner(b, b)) ** 0.5
     return inner(a, b) / size if size else float("nan")
 
 
 def worst_filter_ratio(direction: Direction, moved: Mapping[str, tuple[Tensor, int]]) -> float:
-    """|d_f| / |w_f| of the filter where it is furthest from 1 (filters of zeros left out)."""
+    """|d_f| / |w_f| of the filter where it is furthest from 1, ignoring filters of zeros."""
     worst = 1.0
     for name, tensor in direction.items():
         if name not in moved:

@@ -1,9 +1,9 @@
-"""Planes with a meaning: through two or three solutions, and the plane closest to a training trajectory.
+"""Planes through two or three solutions, and the plane closest to a training trajectory.
 
 A trajectory w_0 .. w_n seen from its end is the matrix M with rows w_t - w_n (arXiv 1712.09913, section 7).
-Its plane passes through w_n and is spanned by M's first two right singular vectors; *explained* is each one's
-share of sum_t |w_t - w_n|^2, and each checkpoint has a distance to the plane. A trajectory drawn on a contour
-without these two may lie far from the surface it is drawn on.
+Its plane passes through w_n and is spanned by M's first two right singular vectors; *explained* is the share
+of each in sum_t |w_t - w_n|^2, and each checkpoint has a distance to the plane. Without both numbers, a
+trajectory may lie far from the surface it is drawn on, and nobody sees it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from skipscope._sharding import refuse_spread
 from skipscope._untouched import require_numbers
 from skipscope.surfaces.planes._directions import Direction, as_real, inner
 
-_PART = 2**22  # numbers held at once of what is read in parts
+# Largest number of values read at once.
+_PART = 2**22
 
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """Directions with the places of known weights on them; goes where ``directions=`` is asked for.
+    """Directions with the coordinates of known weights; pass it as ``directions=``.
 
     Attributes:
-        directions: one or two, from the model's weights.
-        axis_names: what they are.
-        coordinates: of each known set of weights, [points, axes]; the model itself is the origin.
-        distances: of each from the plane, as a share of its distance from the model, [points].
-        explained: each direction's share of the squared distances from the model (see the module's head).
-        weights: the known sets of weights (and buffers) as they were given, so that their own loss can be
-            read.
-        names: of the points.
+        directions: one or two directions from the model's weights.
+        axis_names: names of the axes.
+        coordinates: coordinates of each known point, [points, axes]; the model itself is the origin.
+        distances: distance of each point from the plane, as a share of its distance from the model, [points].
+        explained: each direction's share of the squared distances from the model.
+        weights: the known weights (and buffers) as given, to compute their own loss.
+        names: names of the points.
 
     Example:
         >>> import torch, skipscope as ss
@@ -56,7 +56,7 @@ class Plane:
     names: tuple[str, ...]
 
     def span(self, margin: float = 0.25) -> tuple[tuple[float, float], ...]:
-        """A (low, high) for each axis that holds all points and the model, for ``span=``."""
+        """(low, high) per axis that contains all points and the model, for ``span=``."""
         known = np.vstack([self.coordinates, np.zeros(len(self.directions))])
         low, high = known.min(0), known.max(0)
         room = margin * np.maximum(high - low, 1e-12)
@@ -67,16 +67,16 @@ class Plane:
 def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """The line through two solutions, or the plane through three.
 
-    The first direction goes from ``model`` to the first of ``others``, which is at (1,) or (1, 0). The
-    second is the part of the difference to the other one that is orthogonal to the first, as long as the
-    first, so that the picture's angles and lengths are those of weight space. Local.
+    The first direction goes from ``model`` to the first of ``others``, which is at (1,) or (1, 0). The second
+    is the orthogonal part of the difference to the other solution, scaled to the first one's length, so that
+    angles and lengths in the picture are those of weight space. Local.
 
     Args:
         model: the origin.
-        others: one or two more: modules, or state dicts.
+        others: one or two more solutions, as modules or state dicts.
 
     Raises:
-        SkipscopeError: no or too many others, other parameters, or points that lie on one line.
+        SkipscopeError: the number of others is wrong, parameters differ, or all points lie on one line.
 
     Example:
         >>> a, b = nn.Linear(3, 1), nn.Linear(3, 1)
@@ -86,7 +86,10 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """
     if len(others) not in {1, 2}:
         raise SkipscopeError(
-            "solutions_plane", "a line or a plane", expected="one or two other solutions", got=len(others)
+            "solutions_plane",
+            "the number of solutions is wrong",
+            expected="one or two other solutions",
+            got=len(others),
         )
     differences = _WeightDifferences(model, others, "solutions_plane")
     steps = differences.mixed(np.eye(len(others)))
@@ -116,18 +119,18 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
 
 @public_call("trajectory_plane")
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
-    """The plane through ``model`` closest to its training trajectory, with what it leaves out.
+    """The plane through ``model`` closest to its training trajectory, with each checkpoint's distance.
 
-    Checkpoints are read a few columns at a time, so that beside them it takes two directions and some tens of
-    MiB, however many there are; loaded by ``torch.load(path, mmap=True)`` they stay on the disk. Local.
+    Checkpoints are read a few columns at a time. Besides them this needs two directions and some tens of MiB,
+    however many there are; checkpoints loaded by ``torch.load(path, mmap=True)`` stay on disk. Local.
 
     Args:
-        model: the end of training: the origin.
+        model: the end of training, which becomes the origin.
         checkpoints: modules or state dicts, in order; they are kept, for their own losses.
 
     Raises:
-        SkipscopeError: fewer than two checkpoints that differ from the model, or other parameters, or not
-            finite.
+        SkipscopeError: fewer than two checkpoints differ from the model, parameters differ, or a weight is
+            not finite.
 
     Example:
         >>> end = nn.Linear(3, 1)
@@ -143,9 +146,12 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     lengths = np.diagonal(gram)
     if not np.isfinite(gram).all():
         raise SkipscopeError(
-            "trajectory_plane", "a checkpoint's weights are not finite", expected="NaN and inf nowhere",
-            got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}", cure="leave it out",
-        )  # fmt: skip
+            "trajectory_plane",
+            "a checkpoint's weights are not finite",
+            expected="finite weights",
+            got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}",
+            cure="leave it out",
+        )
     sizes, vectors = eigh(gram, subset_by_index=[count - 2, count - 1]) if count > 1 else (np.zeros(2),) * 2
     if sizes[0] <= 1e-12 * max(sizes[1], 1e-300):
         raise SkipscopeError(
@@ -155,9 +161,10 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
             got=f"{count} checkpoints",
         )
     mixes = (vectors / np.sqrt(sizes)).T[::-1]
-    # The sign of a singular vector is arbitrary: the first checkpoint gets positive coordinates.
+    # The sign of a singular vector is arbitrary; this choice gives the first checkpoint positive coordinates.
     mixes = mixes * np.where(mixes @ gram[:, :1] < 0, -1, 1)
-    coordinates, square = gram @ mixes.T, np.ones(2)  # M v = G c for v = M^T c, and v has length 1
+    # M v = G c for v = M^T c, and v has length 1.
+    coordinates, square = gram @ mixes.T, np.ones(2)
     explained = tuple(float(size / lengths.sum()) for size in sizes[::-1])
     names = tuple(f"PCA {i + 1} ({share:.0%} of the way)" for i, share in enumerate(explained))
     points = tuple(f"checkpoint {i}" for i in range(count))
@@ -168,16 +175,15 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
 
 
 class _WeightDifferences:
-    """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns
-    come in parts.
+    """Matrix M of weight differences to the model, one row per set of weights, read in blocks of columns.
 
     Args:
         model: the origin.
         others: modules or state dicts.
-        operation: named in errors.
+        operation: public call named in errors.
 
     Attributes:
-        others: each one's tensors by name, as they were given.
+        others: each row's tensors by name, as given.
     """
 
     def __init__(self, model: nn.Module, others: Sequence[Any], operation: str):
@@ -186,11 +192,11 @@ class _WeightDifferences:
         own = {name: p.detach() for name, p in model.named_parameters()}
         self.complex = {name for name, p in own.items() if p.is_complex()}
         self.others = [_checked(other, own, operation) for other in others]
-        self.here = {name: as_real(p) for name, p in own.items()}
+        self.base = {name: as_real(p) for name, p in own.items()}
 
     def _parts(self) -> Iterator[tuple[str, int, int, Tensor]]:
-        """(name, dimension, start, some columns of M in float64 [others, length, the other dimensions])."""
-        for name, p in self.here.items():
+        """Yield (name, dimension, start, a block of M's columns in float64 [others, *shape])."""
+        for name, p in self.base.items():
             if not p.numel():
                 continue
             p = p.reshape(1) if p.ndim == 0 else p
@@ -198,12 +204,12 @@ class _WeightDifferences:
             size = max(1, _PART // (max(1, len(self.others)) * p.numel() // p.shape[longest]))
             for start in range(0, p.shape[longest], size):
                 length = min(size, p.shape[longest] - start)
-                here = p.narrow(longest, start, length).double()
+                base = p.narrow(longest, start, length).double()
                 rows = (as_real(o[name]).reshape(p.shape).narrow(longest, start, length) for o in self.others)
-                yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - here for r in rows])
+                yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - base for r in rows])
 
     def gram(self) -> np.ndarray:
-        """M M^T, [others, others]."""
+        """Compute M M^T, [others, others]."""
         total = torch.zeros(len(self.others), len(self.others), dtype=torch.float64)
         for *_, part in self._parts():
             part = part.flatten(1)
@@ -211,9 +217,9 @@ class _WeightDifferences:
         return total.numpy()
 
     def mixed(self, mixes: np.ndarray) -> list[Direction]:
-        """The product of ``mixes`` [directions, others] and M: each direction as tensors."""
+        """Compute ``mixes`` [directions, others] times M, each direction as tensors by name."""
         out: list[dict[str, Tensor]] = [
-            {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self.here.items()}
+            {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self.base.items()}
             for _ in mixes
         ]
         for name, dimension, start, part in self._parts():
@@ -245,8 +251,9 @@ def _checked(other: Any, own: Mapping[str, Tensor], operation: str) -> dict[str,
 
 
 def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each point from the plane, as a share of its distance from the origin, [points]; directions are
-    orthogonal.
+    """Distance of each point from the plane, as a share of its distance from the origin, [points].
+
+    The directions are orthogonal.
     """
     inside = (coordinates**2 * square).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,1 +1,1 @@
-"""What a surface is when it is done: values, scores, exports."""
+"""Results of surfaces: values, scores, exports."""

@@ -1,4 +1,4 @@
-"""Surfaces along several seeds' directions: one network's band, and how far the seeds agree on twins."""
+"""Results over several seeds' directions: one network's band, and how far the seeds agree on twins."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from skipscope.surfaces.results._surface_result import PairedSurfaces, Surface
 
 @dataclass(frozen=True, eq=False)
 class SurfaceBand(Exported):
-    """The same surface along several seeds' directions: what of it is the network's, and what the
-    direction's.
+    """Surfaces along several seeds' directions, to separate the network from the random direction.
 
     Attributes:
         surfaces: seed -> surface.
         alphas: the first axis.
         betas: the second axis; empty for a line.
-        median: over seeds, at each point, [a, b].
-        low: lowest over seeds, [a, b].
-        high: highest over seeds, [a, b].
+        median: median over seeds at each point, [a, b].
+        low: lowest value over seeds, [a, b].
+        high: highest value over seeds, [a, b].
         scores: name -> (mean over seeds, standard deviation over seeds).
 
     Example:
@@ -64,10 +63,10 @@ class PairedBand(Exported):
     """Paired surfaces along several seeds' directions, and how far the seeds agree.
 
     Attributes:
-        pairs: seed -> the pair along that seed's directions.
+        pairs: seed -> the twins' surfaces along that seed's directions.
         scores: twin -> score -> (mean over seeds, standard deviation over seeds).
-        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's:
-            near 0 or 1 the direction does not matter, near a half it decides.
+        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's.
+            Near 0 or 1 the direction does not matter; near a half the direction decides.
 
     Example:
         >>> import torch, skipscope as ss
@@ -92,9 +91,10 @@ class PairedBand(Exported):
         first = next(iter(self.scores))
         return Table(
             f"paired loss surfaces over {len(self.pairs)} seeds of directions",
-            ["twin", "score", "mean", "spread", f"higher than {first}"], rows,
+            ["twin", "score", "mean", "spread", f"higher than {first}"],
+            rows,
             [f"The last column is the share of seeds on which the twin scores higher than {first}."],
-        )  # fmt: skip
+        )
 
     def layers(self) -> Iterator[Layer]:
         for seed, pair in self.pairs.items():

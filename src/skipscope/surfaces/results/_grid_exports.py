@@ -1,11 +1,10 @@
-"""Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the
-table.
+"""Exports of results on a grid: ``.npz``, ``.csv`` with a line per point, ``.tex`` with the table.
 
-``.h5`` has the layout of the code of Li et al., ``.vtk`` and ``.vtp`` are for ParaView: see
+``.h5`` has the layout of the code of Li et al.; ``.vtk`` and ``.vtp`` are for ParaView: see
 ``_scientific_formats``.
 
-An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are
-several surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
+An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every array under its name, or as
+``surface/name`` if there are several surfaces. Values from ``.npz`` and ``.csv`` are exact.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from skipscope.surfaces.results._scientific_formats import hdf5, legacy_vtk, vtk
 
 
 class Exported(Result):
-    """A result that other programs can read."""
+    """Result that can be exported for other programs."""
 
     def layers(self) -> Iterator[Layer]:
-        """The result's numbers, grid by grid."""
+        """Yield the result's values, grid by grid."""
         yield from ()
 
     def paper_table(self) -> Table:
-        """What a ``.tex`` holds."""
+        """Table for a ``.tex`` file."""
         return self.table()
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As :meth:`Result.save`, and for other programs.
+        """Save as :meth:`Result.save`, or in a format of other programs.
 
-        ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores). ``.h5`` is read by the
-        scripts of Li et al. (``xcoordinates``, ``ycoordinates``, ``train_loss``; several surfaces have a
-        group each) and needs h5py. ``.vtk`` and ``.vtp`` are surfaces with the loss as height, for ParaView;
-        several stand side by side.
+        Further formats: ``.npz``, ``.csv`` (one line per point) and ``.tex`` (a table of the scores). ``.h5``
+        can be read by the scripts of Li et al. (``xcoordinates``, ``ycoordinates``, ``train_loss``; one group
+        per surface if there are several) and needs h5py. ``.vtk`` and ``.vtp`` are surfaces with the loss as
+        height, for ParaView, side by side if there are several.
         """
         path, ending = Path(path), Path(path).suffix.lower()
         if ending == ".tex":

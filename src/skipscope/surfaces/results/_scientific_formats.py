@@ -1,4 +1,4 @@
-"""Numbers on a grid as HDF5, in the layout of the code of Li et al., and as VTK's polygons, for ParaView.
+"""Values on a grid as HDF5, in the layout of the code of Li et al., and as VTK polygons for ParaView.
 
 The layout (github.com/tomgoldstein/loss-landscape): ``xcoordinates``, ``ycoordinates``, ``train_loss`` with a
 row for each y, ``min_eig`` and ``max_eig`` of a curvature map, and ``proj_xcoord``, ``proj_ycoord`` of a
@@ -21,15 +21,15 @@ _NAMES_OF_LI = {"values": "train_loss", "smallest": "min_eig", "largest": "max_e
 
 @dataclass(frozen=True)
 class Layer:
-    """Numbers on one grid.
+    """Values on one grid.
 
     Attributes:
-        name: of the surface, as a ``.csv`` names it.
+        name: name of the surface in a ``.csv``.
         alphas: the first axis, [a].
         betas: the second axis, [b]; empty for a line.
-        columns: name -> numbers, [a, b] or [a].
-        prefix: before the numbers' names in an ``.npz``; "" where there is one surface alone.
-        more: what is on no grid, for the ``.npz``.
+        columns: name -> values, [a, b] or [a].
+        prefix: prefix of the names in an ``.npz``; "" for a single surface.
+        more: further arrays that are not on the grid, for the ``.npz``.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Layer:
 
 
 def hdf5(layers: list[Layer]) -> bytes:
-    """HDF5 in the layout of Li et al.; several surfaces have a group each.
+    """Encode as HDF5 in the layout of Li et al., with one group per surface if there are several.
 
     Raises:
         MissingExtra: h5py is not installed.
@@ -71,9 +71,9 @@ class _Mesh:
     """Surfaces as points and cells, side by side along the first axis.
 
     Attributes:
-        points: ``[points, 3]``; the height is the first column of the numbers.
-        cells: ``[cells, 4]``, or ``[cells, 2]`` of lines: indices of points.
-        columns: name -> numbers ``[points]``.
+        points: coordinates ``[points, 3]``; the height is the layer's first column.
+        cells: indices of the cells' points ``[cells, 4]``, or ``[cells, 2]`` for lines.
+        columns: name -> values ``[points]``.
     """
 
     points: np.ndarray
@@ -91,9 +91,8 @@ def _mesh(layers: list[Layer]) -> _Mesh:
         height = np.asarray(next(iter(layer.columns.values())), dtype=float).reshape(a.shape)
         finite = height[np.isfinite(height)]
         top = finite.max() if finite.size else 0.0
-        height = np.where(
-            np.isfinite(height), height, top
-        )  # a point of a mesh has a place; the number stays in its column
+        # A mesh point needs a finite height; its column keeps the value as it is.
+        height = np.where(np.isfinite(height), height, top)
         points.append(np.stack([a + shift, b, height], axis=2).reshape(-1, 3))
         index = start + np.arange(a.size).reshape(a.shape)
         corners = [index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]]
@@ -118,7 +117,7 @@ def _mesh(layers: list[Layer]) -> _Mesh:
 
 
 def legacy_vtk(layers: list[Layer]) -> str:
-    """A legacy VTK file of polygons, or of lines, with every number as point data."""
+    """Encode as a legacy VTK file of polygons, or of lines, with every column as point data."""
     mesh = _mesh(layers)
     count, corners = mesh.cells.shape
     lines = [
@@ -138,7 +137,7 @@ def legacy_vtk(layers: list[Layer]) -> str:
 
 
 def vtk_xml(layers: list[Layer]) -> str:
-    """The same mesh as VTK's XML (``.vtp``)."""
+    """Encode the mesh as VTK's XML (``.vtp``)."""
     mesh = _mesh(layers)
     count, corners = mesh.cells.shape
     kind, other = ("Polys", "Lines") if corners == 4 else ("Lines", "Polys")

@@ -1,4 +1,4 @@
-"""A surface in a few numbers: what the scores are, and how they print."""
+"""Scores of a surface, and their tables."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from skipscope.surfaces.results._grid_exports import Exported
 
 @dataclass(frozen=True)
 class Scores(Exported):
-    """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is
-    known.
+    """Scores of one surface, with their standard errors over the samples (jackknife) if known.
 
     Attributes:
-        label: "" for the surface of a network that has learnt; else e.g. "flat: this network has not learnt",
-            and the scores say nothing about smoothness.
+        label: "" for the surface of a network that has learnt. Otherwise a reason, such as "flat: this
+            network has not learnt", why the scores say nothing about smoothness.
         centre: the loss at the origin.
         convexity_share: share of the interior where the discrete 2 x 2 Hessian has no negative eigenvalue.
-        roughness: share of the movement up and down, along rows and columns, that a single valley would not
-            need: 0 when every line has one valley, towards 1 for noise.
-        barrier: the highest rise out of a valley other than the deepest, on the best path to a deeper
-            one (0: there is one valley, or the others are shallower than the noise).
+        roughness: share of the total variation, along rows and columns, beyond that of a single valley: 0 if
+            every line has a single valley, towards 1 for noise.
+        barrier: highest rise out of a valley other than the deepest, on the best path to a deeper valley
+            (0: there is one valley, or the others are shallower than the noise).
         width: radius of the disc with the area of the region around the origin where the loss is below
             ``level``, in units of the axes.
         level: the loss at which the width is read.
-        width_is_bound: the region reaches the edge, so the width is a lower bound.
-        errors: standard errors of centre, convexity_share, roughness, barrier, level and width (the level's
-            own is in it); on an adaptive surface with what interpolation adds.
+        width_is_bound: whether the region reaches the edge, so that the width is a lower bound.
+        errors: standard errors of centre, convexity_share, roughness, barrier, level and width (including
+            the level's error); on an adaptive surface they include the error of interpolation.
     """
 
     label: str
@@ -45,8 +44,9 @@ class Scores(Exported):
     errors: dict[str, float] = field(default_factory=dict)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """A score's 95 % interval (Student's; ten groups of samples give nine degrees of freedom); None
-        without an error.
+        """95 % confidence interval of a score, by Student's t. None if the score has no error.
+
+        Ten groups of samples give nine degrees of freedom.
         """
         if name not in self.errors:
             return None
@@ -55,7 +55,7 @@ class Scores(Exported):
         return max(lowest, value - half), min(highest, value + half)
 
     def text(self, name: str) -> str:
-        """A score with its error: ``0.42 +- 0.03``."""
+        """Format a score with its error: ``0.42 +- 0.03``."""
         value = short(getattr(self, name))
         bound = ">= " if name == "width" and self.width_is_bound else ""
         error = self.errors.get(name)
@@ -71,7 +71,7 @@ _POSSIBLE = {
 
 
 def scores_table(title: str, scores: dict[str, Scores]) -> Table:
-    """Several surfaces' scores side by side."""
+    """Table of several surfaces' scores side by side."""
     level = ", ".join(dict.fromkeys(short(s.level) for s in scores.values()))
     names = ["centre", "convexity_share", "roughness", "barrier", "width"]
     rows = [[name, *(s.text(key) for key in names), s.label or "-"] for name, s in scores.items()]
@@ -83,7 +83,7 @@ def scores_table(title: str, scores: dict[str, Scores]) -> Table:
     ]
     flat = [name for name, s in scores.items() if s.label]
     if flat:
-        notes.append(f"Nothing about smoothness is said of {', '.join(flat) or 'it'}: see the label.")
+        notes.append(f"The scores of {', '.join(flat) or 'it'} do not show smoothness: see the label.")
     return Table(
         title, ["surface", "centre", "convexity", "roughness", "barrier", "width", "label"], rows, notes
     )

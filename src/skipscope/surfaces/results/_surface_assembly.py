@@ -1,4 +1,4 @@
-"""From a filled sheet of numbers to results: surfaces, differences, labels, scores, checks, provenance."""
+"""Assembly of results from a filled grid: surfaces, differences, labels, scores, checks, provenance."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from skipscope.surfaces.results._surface_scores import Part, label_of, level_for
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured apart from the evaluator.
+    """Measurements made without the evaluator.
 
     Attributes:
         loss: the model's own loss.
-        learnt: whether the network knows anything of its targets; None when they cannot be exchanged.
-        known: the own losses of known weights on the plane, where there are some.
+        learnt: whether the network has learnt its targets; None if they cannot be permuted.
+        known: own losses of the known weights on the plane, if any.
     """
 
     loss: float
@@ -46,15 +46,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Interpolated:
-    """What is known of the values that were not computed.
+    """Accuracy of the values that were interpolated.
 
     Attributes:
-        errors: each twin's largest error on points drawn at random.
+        errors: twin -> largest error on points drawn at random.
         level: rows and columns of the points that the rest was interpolated from.
-        held_out: how many were drawn.
-        beyond: share of the rest that may be further off (see
-            :func:`skipscope.surfaces.grids._adaptive_grid.beyond`); None after a level, whose points were not
-            drawn.
+        held_out: number of drawn points.
+        beyond: share of the other points that may be further off (see
+            :func:`skipscope.surfaces.grids._adaptive_grid.beyond`); None after a level, whose test points are
+            not random.
     """
 
     errors: dict[str, float]
@@ -65,18 +65,18 @@ class Interpolated:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the room, all but its numbers.
+    """One run, except its values.
 
     Attributes:
-        settings: the call's.
+        settings: settings of the call.
         at: the grid's axes.
-        data: behind every point.
+        data: data behind every point.
         loss: the objective.
-        hashes: of each twin's weights, before.
-        facts: of each twin.
-        choices: each twin's strategy.
-        interpolated: None when every point was computed.
-        began: when, by ``time.perf_counter``.
+        hashes: twin -> hash of its weights before the run.
+        facts: twin -> measurements made without the evaluator.
+        choices: twin -> its strategy.
+        interpolated: accuracy of the interpolation; None if every point was computed.
+        began: start of the run, by ``time.perf_counter``.
     """
 
     settings: Settings
@@ -91,12 +91,12 @@ class Run:
 
 
 def finish(run: Run, sheet: Sheet, twins: list[TwinOnPlane]) -> PairedSurfaces:
-    """All results of a run."""
+    """Assemble all results of a run."""
     values = {t.name: sheet[f"{t.name}/value"] for t in twins}
     labels = {t.name: label_of(values[t.name], t.centre, run.facts[t.name].learnt) for t in twins}
     sound = [t for t in twins if not labels[t.name]] or twins
     readings = {t.name: [(t.centre, values[t.name]), *(folds_of(sheet, t) or ())] for t in twins}
-    # One level for all twins; without each group of samples in turn it is another one.
+    # All twins share a level, which is recomputed without each group of samples in turn.
     levels = [level_for(list(together)) for together in zip(*(readings[t.name] for t in sound))]
     parts = {name: [Part(*r, level) for r, level in zip(found, levels)] for name, found in readings.items()}
     surfaces = {t.name: _surface(run, sheet, t, labels[t.name], parts[t.name]) for t in twins}
@@ -164,7 +164,7 @@ def _difference(run: Run, sheet: Sheet, first: TwinOnPlane, twin: TwinOnPlane) -
         return Difference(name, values, None, None, None)
     error = sheet[f"{twin.name}/difference_stderr"]
     half = student_quantile(0.975, sum(twin.evaluator.plain.at_point.sizes) - 1) * error
-    # An interpolated point may be off by the interpolation's error in both surfaces; its interval says so.
+    # An interpolated point may be off in both surfaces, so its interval is widened by both errors.
     off = sum(run.interpolated.errors[t.name] for t in (first, twin)) if run.interpolated else 0.0
     guess = off * ~sheet.done.reshape(sheet.shape)
     return Difference(name, values, error, values - half - guess, values + half + guess)

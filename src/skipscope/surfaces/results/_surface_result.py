@@ -1,4 +1,4 @@
-"""What this room hands over: a surface, its checks, its provenance, its scores; and surfaces side by side."""
+"""Results of landscapes: surfaces with checks, provenance and scores, and twins' surfaces side by side."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from skipscope.surfaces.results._score_result import Scores, scores_table
 
 @dataclass(frozen=True)
 class Checks(Result):
-    """What makes a surface trustworthy, measured on the run itself.
+    """Checks of a surface, measured on the run itself.
 
     Attributes:
         axis_cosine: cosine between the two directions (0 for a line).
-        filter_norm_ratio: |d_f| / |w_f| of the filter where it is furthest from 1 (1 is right; other
-            normalisations than filter by filter need not give it).
-        centre_loss: the loss the evaluator finds at the plane's origin.
-        model_loss: the loss of the user's own model, computed apart from the evaluator, in the same mode.
-        centre_is_model: the two are equal bit for bit.
-        weights_restored: a hash of the user's weights and buffers is the same before and after.
+        filter_norm_ratio: |d_f| / |w_f| of the filter where it is furthest from 1 (1 is right; normalisations
+            other than by filter need not give it).
+        centre_loss: the loss at the plane's origin, by the evaluator.
+        model_loss: the loss of the user's own model, computed without the evaluator, in the same mode.
+        centre_is_model: whether the two are equal bit for bit.
+        weights_restored: whether the hash of the user's weights and buffers is unchanged.
         strategy_error: largest relative difference between the chosen strategy and the plain loop, at points
-            of the plane (rounding; 0 when the plain loop is the choice).
-        samples: samples behind every point.
-        nonfinite: points whose value is NaN or infinite; they are kept as they are.
+            of the plane (rounding; 0 for the plain loop itself).
+        samples: number of samples behind every point.
+        nonfinite: number of points whose value is NaN or infinite; they are kept as they are.
     """
 
     axis_cosine: float
@@ -43,13 +43,13 @@ class Checks(Result):
 
     @property
     def passed(self) -> bool:
-        """Whether what must hold for every surface holds."""
+        """Whether the checks that every surface must pass hold."""
         return self.centre_is_model and self.weights_restored
 
     def table(self) -> Table:
         rows = [
             ["centre equals the model's loss", _yes(self.centre_is_model), f"{self.centre_loss:.9g}"],
-            ["weights left as found", _yes(self.weights_restored), "bit for bit"],
+            ["weights unchanged", _yes(self.weights_restored), "bit for bit"],
             ["cosine between the axes", short(self.axis_cosine), "0 is best"],
             ["worst filter norm ratio", f"{self.filter_norm_ratio:.6g}", "1 when normalised by filter"],
             ["strategy against plain loop", short(self.strategy_error), "relative"],
@@ -61,26 +61,26 @@ class Checks(Result):
 
 @dataclass(frozen=True)
 class Provenance(Result):
-    """Where a surface comes from: enough to make it again.
+    """Provenance of a surface: all that is needed to reproduce it.
 
     Attributes:
-        seed: of the directions (and of the subset of the data).
-        directions: how they were made.
+        seed: random seed of the directions (and of the subset of the data).
+        directions: kind of directions.
         normalize: "filter", "layer", "tensor" or "none".
-        zeroed: what has no direction, e.g. ("biases", "norms").
+        zeroed: kinds of parameters without a direction, e.g. ("biases", "norms").
         span_in_weights: |span * d| / |w| for each axis: the plane's half width in units of the moved weights'
             norm.
-        weights_hash: of the model's parameters and buffers.
-        data_hash: of the data behind every point.
-        loss: its name.
+        weights_hash: hash of the model's parameters and buffers.
+        data_hash: hash of the data behind every point.
+        loss: name of the loss.
         batch_norm: "frozen", "recalibrated at each point" or "batch statistics"; "none" without batch norm.
-        strategy: how points were evaluated.
-        why: the reason.
-        dtype: of the weights.
-        device: of the weights.
-        versions: of skipscope, torch and numpy.
-        points_computed: how many points the model was run for.
-        seconds: the whole call.
+        strategy: strategy that evaluated the points.
+        why: reason for this strategy.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        versions: versions of skipscope, torch and numpy.
+        points_computed: number of points that the model was run for.
+        seconds: duration of the whole call.
     """
 
     seed: int
@@ -127,10 +127,10 @@ class KnownPoints(Result):
     """Known weights on the plane: other solutions, or the checkpoints of a training trajectory.
 
     Attributes:
-        names: of the points, in order.
-        coordinates: on the axes, [points, axes].
-        distances: from the plane, as a share of the distance from the origin, [points]: a point far from the
-            plane has another loss than the surface under it.
+        names: names of the points, in order.
+        coordinates: coordinates on the axes, [points, axes].
+        distances: distance from the plane, as a share of the distance from the origin, [points]. A point far
+            from the plane has another loss than the surface under it.
         losses: each point's own loss, [points].
         explained: each axis's share of the squared distances from the origin.
     """
@@ -159,33 +159,30 @@ class Surface(Exported):
     """The loss on a plane (or a line) of weight space: w + a d1 + b d2.
 
     Attributes:
-        name: which network.
-        values: the loss, [a, b]; [a] for a line. NaN stays NaN, inf stays inf; points not reached yet are NaN
-            too, and ``computed`` tells them apart.
+        name: name of the network.
+        values: the loss, [a, b]; [a] for a line. NaN and inf are kept; points not reached yet are NaN with
+            ``computed`` False.
         alphas: the first axis, [a].
         betas: the second axis, [b]; empty for a line.
         computed: True where the model was run, [a, b]; elsewhere the value is interpolated (or missing).
-        stderr: standard error of each value over the samples, [a, b]; None when the loss gives no per-sample
-            losses.
-        centre_stderr: standard error of (value - value at the origin) over the same samples, [a, b], or None:
-            paired, so much smaller than ``stderr`` near the origin.
-        why_no_stderr: the reason, or "".
-        label: "" or what the reader must know first, e.g. "flat: this network has not learnt".
-        axis_names: what the axes are.
-        metrics: name -> its values on the same plane, [a, b].
+        stderr: standard error of each value over the samples, [a, b]; None without per-sample losses.
+        centre_stderr: standard error of (value - value at the origin) over the same samples, [a, b], or None.
+            It is paired, so much smaller than ``stderr`` near the origin.
+        why_no_stderr: reason why there is no standard error, or "".
+        label: warning about the surface, e.g. "flat: this network has not learnt", or "".
+        axis_names: names of the axes.
+        metrics: name -> values on the same plane, [a, b].
         interpolation_error: largest error of interpolated values, in units of the loss, at ``held_out``
-            points that were drawn at random and that the fit had not seen; None when every point was
-            computed. ``interpolation_error_share`` holds it against the range, and ``beyond`` says how much
-            it bounds.
-        scores: the surface in a few numbers.
-        checks: measured on this run.
-        provenance: how to make it again.
+            points drawn at random that the fit had not seen; None if every point was computed.
+            ``interpolation_error_share`` is relative to the range, and ``beyond`` tells how much it bounds.
+        scores: scores of the surface.
+        checks: checks measured on this run.
+        provenance: how to reproduce the surface.
         points: known weights on the plane (other solutions, checkpoints), or None.
-        held_out: how many points the interpolation was held against; 0 when every point was computed.
-        beyond: with 95 % confidence at most this share of the interpolated values is further off than
-            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed,
-            and for the surface after a level of a run that has not ended, whose error was seen between the
-            points of that level.
+        held_out: number of points that the interpolation was tested on; 0 if every point was computed.
+        beyond: upper 95 % bound on the share of interpolated values that are further off than
+            ``interpolation_error`` (0.12 for 24 points drawn from many). None if every point was computed,
+            and for the surface after a level of an unfinished run, whose test points are not random.
 
     Example:
         >>> import torch, skipscope as ss
@@ -216,12 +213,12 @@ class Surface(Exported):
     beyond: float | None = None
 
     def __post_init__(self):
-        # A file keeps numbers; the mask becomes a mask again.
+        # A loaded file holds numbers instead of booleans.
         object.__setattr__(self, "computed", np.asarray(self.computed, dtype=bool))
 
     @property
     def complete(self) -> bool:
-        """Whether every point has a value (an interrupted run's surface has not)."""
+        """Whether every point has a value (not so after an interrupted run)."""
         return self.interpolation_error is not None or bool(self.computed.all())
 
     @property
@@ -232,8 +229,9 @@ class Surface(Exported):
 
     @property
     def interpolation_error_share(self) -> float | None:
-        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is; None when all was
-        computed.
+        """``interpolation_error`` as a share of the surface's range, like ``tolerance``.
+
+        None if every point was computed.
         """
         if self.interpolation_error is None:
             return None
@@ -287,17 +285,21 @@ class Surface(Exported):
         yield self.layer()
 
     def layer(self, name: str = "", **more: np.ndarray) -> Layer:
-        """The surface's numbers on its grid; under another name where it is one of several, with ``more`` of
-        them.
-        """
+        """The surface's values on its grid, and ``more``; ``name`` distinguishes several surfaces."""
         own = {"values": self.values, "computed": self.computed}
         errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
         own |= {key: error for key, error in errors.items() if error is not None} | more
         own |= {f"metric/{key}" if key in own else key: metric for key, metric in self.metrics.items()}
-        known = {} if self.points is None else {
-            "points/names": np.array(self.points.names), "points/coordinates": self.points.coordinates,
-            "points/distances": self.points.distances, "points/losses": self.points.losses,
-        }  # fmt: skip
+        known = (
+            {}
+            if self.points is None
+            else {
+                "points/names": np.array(self.points.names),
+                "points/coordinates": self.points.coordinates,
+                "points/distances": self.points.distances,
+                "points/losses": self.points.losses,
+            }
+        )
         return Layer(name or self.name, self.alphas, self.betas, own, name, known)
 
     def paper_table(self) -> Table:
@@ -311,9 +313,9 @@ class Difference(Result):
     Attributes:
         name: e.g. "without - with".
         values: the difference, [a, b].
-        stderr: its paired standard error (the same samples in both), [a, b], or None.
+        stderr: paired standard error (the same samples in both), [a, b], or None.
         low: lower end of the 95 % interval at each point, [a, b], or None.
-        high: upper end, [a, b], or None.
+        high: upper end of the 95 % interval at each point, [a, b], or None.
     """
 
     name: str
@@ -324,7 +326,7 @@ class Difference(Result):
 
     @property
     def clear_share(self) -> float | None:
-        """Share of points whose interval leaves zero out."""
+        """Share of points whose interval excludes zero; None without intervals."""
         if self.low is None or self.high is None:
             return None
         return float(np.mean((self.low > 0) | (self.high < 0)))
@@ -345,11 +347,10 @@ class PairedSurfaces(Exported):
     """Surfaces that can be compared: the same data, seed and plane for every twin.
 
     Attributes:
-        surfaces: by twin.
-        shared_weights: every twin has the same weights as the first (removed, detached, other strength).
-        differences: twin -> its surface minus the first one's, for each twin that shares the first one's
-            weights.
-        notes: what may and what may not be compared here.
+        surfaces: twin -> surface.
+        shared_weights: whether every twin has the first twin's weights (removed, detached, other strength).
+        differences: twin -> its surface minus the first twin's, for twins with the first twin's weights.
+        notes: what may and what must not be compared.
 
     Example:
         >>> import torch, skipscope as ss
@@ -368,25 +369,23 @@ class PairedSurfaces(Exported):
 
     @property
     def difference(self) -> np.ndarray | None:
-        """The last twin's surface minus the first one's, [a, b]; None for twins that were trained
-        separately.
-        """
+        """The last twin's surface minus the first twin's, [a, b]. None for twins trained separately."""
         return list(self.differences.values())[-1].values if self.differences else None
 
     @property
     def interval(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The two ends of the difference's 95 % interval, each [a, b]; None without per-sample losses."""
+        """Ends of the difference's 95 % interval, each [a, b]; None without per-sample losses."""
         last = list(self.differences.values())[-1] if self.differences else None
         return None if last is None or last.low is None or last.high is None else (last.low, last.high)
 
     @property
     def scores(self) -> dict[str, Scores]:
-        """Every twin's scores."""
+        """Scores by twin."""
         return {name: surface.scores for name, surface in self.surfaces.items()}
 
     @property
     def checks(self) -> dict[str, Checks]:
-        """Every twin's checks."""
+        """Checks by twin."""
         return {name: surface.checks for name, surface in self.surfaces.items()}
 
     def table(self) -> Table:
@@ -396,10 +395,16 @@ class PairedSurfaces(Exported):
     def layers(self, lead: str = "") -> Iterator[Layer]:
         for name, surface in self.surfaces.items():
             found = self.differences.get(name)
-            parts = {} if found is None else {
-                "difference": found.values, "difference_stderr": found.stderr,
-                "difference_low": found.low, "difference_high": found.high,
-            }  # fmt: skip
+            parts = (
+                {}
+                if found is None
+                else {
+                    "difference": found.values,
+                    "difference_stderr": found.stderr,
+                    "difference_low": found.low,
+                    "difference_high": found.high,
+                }
+            )
             yield surface.layer(lead + name, **{key: part for key, part in parts.items() if part is not None})
 
 

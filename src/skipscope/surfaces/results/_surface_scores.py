@@ -1,15 +1,15 @@
-"""A surface in a few numbers, each with its error bar; and whether the network has learnt at all.
+"""Scores of a surface with standard errors, and a label if the network has not learnt.
 
 Every score is a function of the values alone. Its standard error is a delete-a-group jackknife over samples:
-the surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2); the level at
-which the width is read is found again each time, so that the width's error has the level's in it. A 95 %
-interval is Student's with G - 1 degrees of freedom. Two things a jackknife does not see are added:
+the surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2). The level for the
+width is recomputed each time, so that the width's error includes the level's. A 95 % interval is Student's
+with G - 1 degrees of freedom. Two errors that a jackknife does not see are added:
 
-- Where values were interpolated, a score is off by what splines do between their points: about as much as it
-  differs on the coarser grid they pass through (on trained networks 0.04 to 0.09 of the convexity share).
-- Where over a third of a surface curves less than its own standard error, the signs there are noise that
-  neighbours share, and noise makes curvature look negative: the convexity share then counts as known to half
-  of that part.
+- If values were interpolated, a score is off by about its difference to the coarser grid that the splines
+  pass through (on trained networks 0.04 to 0.09 of the convexity share).
+- If over a third of a surface curves less than its own standard error, the signs there are noise that
+  neighbours share, and noise makes curvature look negative. The error of the convexity share is then at
+  least half of that part.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ import numpy as np
 
 from skipscope.surfaces.results._score_result import Scores
 
-_MANY = 1 / 3  # of a surface may curve less than its error before its signs count as shared noise
-_FAR = 1e12  # how far above the level, against it, what is not finite is taken to lie
-_FLAT = 0.1  # a surface whose middle 90 % spans less than this part of its median is a sheet
+# Share of a surface that may curve less than its error before the signs count as shared noise.
+_MANY = 1 / 3
+# Height above the level, relative to it, of other regions and of points that are not finite.
+_FAR = 1e12
+# A surface whose middle 90 % spans less than this share of its median is flat.
+_FLAT = 0.1
 
 
 def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> float:
     """Share of the interior where the discrete Hessian (second differences) has no negative eigenvalue.
 
-    Between points the smallest eigenvalue is taken as flat triangles, as the surface is for :func:`width`:
-    whole rows of points may change sign together, and a count would jump. What is not finite is left out.
+    The smallest eigenvalue is interpolated linearly on triangles between points, as the surface is for
+    :func:`width`: whole rows of points may change sign together, and a count would jump. Values that are not
+    finite are ignored.
     """
     smallest = _smallest_curvature(values, alphas, betas)
     steps = [np.min(np.diff(axis)) for axis in (alphas, betas)[: values.ndim] if len(axis) > 1]
-    slack = 1e-9 * _size(values) / min(steps) ** 2 if steps else 0.0  # rounding in the values is no curvature
+    # Rounding in the values must not count as curvature.
+    slack = 1e-9 * _size(values) / min(steps) ** 2 if steps else 0.0
     smallest = np.where(np.isfinite(smallest), smallest + slack, np.nan)
     if min(smallest.shape) > 1:
         share = _share_above(smallest[:-1], smallest[1:]) if values.ndim == 1 else _share_of_squares(smallest)
@@ -45,9 +50,7 @@ def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -
 
 
 def _smallest_curvature(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2]; on a line these,
-    [a - 2].
-    """
+    """Smaller eigenvalue of the second differences at interior points, [a - 2, b - 2] (on a line [a - 2])."""
     if min(values.shape) < 3:
         return np.zeros(0)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -68,10 +71,10 @@ def _second(values: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
 
 
 def roughness(values: np.ndarray) -> float:
-    """Share of the movement up and down, along rows and columns, that a single valley would not need.
+    """Share of the total variation, along rows and columns, beyond that of a single valley.
 
-    Along a line with ends e, f and minimum m a single valley moves by (e - m) + (f - m); whatever moves more
-    is rough.
+    A line with ends e, f and minimum m has the variation (e - m) + (f - m) if it is a single valley; any
+    further variation is roughness.
     """
     moved = needed = 0.0
     for lines in (values,) if values.ndim == 1 else (values, values.T):
@@ -84,10 +87,10 @@ def roughness(values: np.ndarray) -> float:
 
 
 def barrier(values: np.ndarray) -> float:
-    """The highest rise out of any valley but the deepest, on the best path to a deeper one.
+    """Highest rise out of any valley but the deepest, on the best path to a deeper valley.
 
-    Zero-dimensional persistence: points are flooded from the lowest up; where two valleys meet, the shallower
-    ends, and its depth below the meeting point is the rise. Neighbours are the eight around a point.
+    Zero-dimensional persistence: points are flooded from the lowest up. Where two valleys meet, the shallower
+    ends, and its depth below the meeting point is the rise. Each point has eight neighbours.
     """
     flat = np.where(np.isfinite(values), values, np.inf).reshape(values.shape[0], -1)
     rows, columns = flat.shape
@@ -119,7 +122,7 @@ def barrier(values: np.ndarray) -> float:
 
 
 def _valleys(flat: np.ndarray) -> int:
-    """How many points have no deeper neighbour (more than there are valleys where some are as deep)."""
+    """Number of points without a deeper neighbour (at least the number of valleys)."""
     around = np.pad(flat, 1, constant_values=np.inf)
     rows, columns = flat.shape
     lowest = np.ones(flat.shape, dtype=bool)
@@ -133,16 +136,16 @@ def width(
 ) -> tuple[float, bool]:
     """Radius of the region around the origin (``at``) below ``level``, and whether it reaches the edge.
 
-    For a plane, the radius of the disc with the region's area; for a line, half its length. Between grid
-    points the surface is taken as flat triangles, so that the width moves smoothly with the values and has an
-    error. NaN when the origin is not below the level or not on the grid.
+    For a plane, the radius of the disc with the region's area; for a line, half its length. The surface is
+    interpolated linearly on triangles between grid points, so that the width changes smoothly with the values
+    and has an error. NaN if the origin is not below the level.
     """
     below = np.nan_to_num(values, nan=np.inf) <= level
     origin = tuple(int(np.argmin(np.abs(axis - c))) for axis, c in zip((alphas, betas)[: values.ndim], at))
     if not below[origin]:
         return float("nan"), False
     region = joined_to(origin, below)
-    # Other regions below the level are no part of this one: to its triangles they are as high as can be.
+    # Other regions below the level do not belong to this region, so its triangles see them as very high.
     depth = np.where(region | ~below & np.isfinite(values), level - values, -_FAR * (abs(level) + 1))
     if values.ndim == 1:
         length = float((_share_above(depth[:-1], depth[1:]) * np.diff(alphas)).sum())
@@ -154,10 +157,10 @@ def width(
 
 
 def joined_to(origin: tuple[int, ...], below: np.ndarray) -> np.ndarray:
-    """The points of ``below`` that steps along the axes join to ``origin``; both are masks of one shape.
+    """Mask of the points of ``below`` that are connected to ``origin`` by steps along the axes.
 
-    Whole runs are taken at once, along one axis and then along the other, until nothing is added.
-    (``scipy.ndimage.label`` does the same; importing it takes longer than a small surface.)
+    Whole runs are added at once, along one axis and then along the other, until nothing changes.
+    (``scipy.ndimage.label`` does the same, but importing it takes longer than a small surface.)
     """
     runs = [_runs(below, axis) for axis in range(below.ndim)]
     region, size = np.zeros(below.shape, dtype=bool), 0
@@ -171,16 +174,14 @@ def joined_to(origin: tuple[int, ...], below: np.ndarray) -> np.ndarray:
 
 
 def _runs(below: np.ndarray, axis: int) -> np.ndarray:
-    """A number for each point, the same along an unbroken run of points along one axis."""
+    """Label each point, with one label per unbroken run of points along an axis."""
     begins = ~np.moveaxis(below, axis, -1)
     begins[..., 0] = True
     return np.moveaxis(np.cumsum(begins).reshape(begins.shape), -1, axis)
 
 
 def _share_above(*corners: np.ndarray) -> np.ndarray:
-    """Share of a segment, or triangle, where the linear function with these values at its corners is
-    above zero.
-    """
+    """Share of a segment or triangle where the linear interpolation of its corner values is positive."""
     first, *middle, last = np.sort(np.stack(corners), axis=0)[::-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         if not middle:
@@ -193,30 +194,28 @@ def _share_above(*corners: np.ndarray) -> np.ndarray:
 
 
 def _share_of_squares(depth: np.ndarray) -> np.ndarray:
-    """The same of each square of a grid, as four triangles around its middle."""
+    """:func:`_share_above` of each square of a grid, as four triangles around its middle."""
     corners = depth[:-1, :-1], depth[:-1, 1:], depth[1:, 1:], depth[1:, :-1]
     middle = np.mean(np.stack(corners), axis=0)
     return np.mean([_share_above(corners[k], corners[(k + 1) % 4], middle) for k in range(4)], axis=0)
 
 
 def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
-    """The loss at which widths are read, the same for all: halfway from the highest centre to the lowest
-    median.
-    """
+    """Loss level of all widths: halfway from the highest centre to the lowest median."""
     medians = [float(np.median(v[np.isfinite(v)])) for _, v in surfaces if np.isfinite(v).any()]
     centres = [centre for centre, _ in surfaces if np.isfinite(centre)]
     return (max(centres) + min(medians)) / 2 if centres and medians else float("nan")
 
 
 def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
-    """What the reader must know first about a surface, or "".
+    """Warning label of a surface, or "".
 
     Args:
         values: the surface.
         centre: the loss at the origin.
-        learnt: what the targets say (see :func:`skipscope.surfaces.evaluation._permutation_test.own_loss`);
-            None: they cannot be asked, and the network counts as learnt when its centre is clearly below
-            the surface's median.
+        learnt: result of the permutation test (see
+            :func:`skipscope.surfaces.evaluation._permutation_test.own_loss`). If it is None, the network has
+            learnt if its centre is clearly below the surface's median.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -233,12 +232,12 @@ def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """What the surface would be without one group of samples.
+    """Surface with all samples, or without one group of them.
 
     Attributes:
         centre: the loss at the origin.
         values: the surface.
-        level: where the width would be read.
+        level: loss level of the width.
     """
 
     centre: float
@@ -256,16 +255,16 @@ def scores_of(
     origin: Sequence[float] = (0.0, 0.0),
     interpolated_from: tuple[np.ndarray, ...] | None = None,
 ) -> Scores:
-    """All scores of one surface.
+    """Compute all scores of one surface.
 
     Args:
         whole: the surface with all samples.
         alphas: first axis.
         betas: second axis, empty for a line.
         label: see :func:`label_of`.
-        parts: the surface without each group of samples in turn; empty when samples are not known.
-        origin: the coefficients of the model as it is.
-        interpolated_from: rows and columns of the coarser grid, where the rest is interpolated from it.
+        parts: the surface without each group of samples in turn; empty without per-sample losses.
+        origin: coefficients of the unchanged model.
+        interpolated_from: rows and columns of the coarser grid that the rest is interpolated from, or None.
     """
 
     def numbers(part: Part, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -307,7 +306,7 @@ def _jackknife(left_out: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _spread(parts: np.ndarray) -> np.ndarray:
-    """The jackknife's standard error over the first dimension."""
+    """Jackknife standard error over the first dimension."""
     with np.errstate(invalid="ignore", over="ignore"):
         return np.sqrt((len(parts) - 1) / len(parts) * np.square(parts - parts.mean(0)).sum(0))
 
