@@ -87,19 +87,19 @@ class Evidence:
     """Numbers from which a verdict follows.
 
     Attributes:
-        lines: by line, the points, each with its norm and whether it is hidden.
-        head: what is between the last hidden boundary and the output, or None.
-        worst: the site that gets least, or None.
-        reach: of the recurrent layer with the shortest one in relation to its length, or None.
-        growing: of the recurrent layer or loop through which the gradient grows most, or None.
-        starved: weights that get next to nothing.
-        unconnected: trained weighted calls whose values reach the loss and that get no gradient.
-        cut: the call that lets none through, where one was seen.
-        opaque: a call that cannot be looked into and holds most of the weights, or "".
-        last_weights: the part of the head's gain that its weights have, without what follows them; None where
-            it is not known.
-        last_names: those weights: of the calls that no other weighted call follows.
-        single: weights of queries and keys that attend to one position: they get 0, or its rounding.
+        lines: points of each line, each with its norm and whether it is hidden.
+        head: head between the last hidden boundary and the output, or None.
+        worst: site with the smallest gradient, or None.
+        reach: reach of the recurrent layer with the shortest reach for its length, or None.
+        growing: reach of the recurrent layer or loop through which the gradient grows most, or None.
+        starved: weights with a tiny gradient.
+        unconnected: trained weighted calls that the loss depends on, but that get no gradient.
+        cut: call that lets no gradient through, or "".
+        opaque: opaque call with most of the weights, or "".
+        last_weights: part of the head's gain due to its weights, or None if not known.
+        last_names: weights of the calls that no other weighted call follows.
+        single: weights of queries and keys that attend to a single position: their gradient is 0 up to
+            rounding.
     """
 
     lines: tuple[tuple[Point, ...], ...]

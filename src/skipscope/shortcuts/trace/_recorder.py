@@ -218,7 +218,7 @@ class Recorder(TorchFunctionMode):
         if operation is not None and operation.is_many:
             return _operations.one_by_one(self, operation, func, args, kwargs)
         if function.name in COMPOSITES and isinstance(func, FunctionType):
-            return self._opened(func, args, kwargs)
+            return self._run_composite(func, args, kwargs)
         as_given, named = args, kwargs
         args, kwargs = in_order(func, args, kwargs)
         tensors = _tensors(args, kwargs)
