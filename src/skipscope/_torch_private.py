@@ -120,6 +120,18 @@ def fused_linear() -> Any:
     return named("ops.mkldnn._linear_pointwise")
 
 
+def schemas_of(function: str) -> list[list[tuple[str, bool]]]:
+    """Of each form of torch's operator of that name, its arguments, and whether each goes by keyword alone.
+
+    Empty where there is no such operator, or this torch does not say.
+    """
+    operator: Any = getattr(torch.ops.aten, function, None)
+    if operator is None or not hasattr(operator, "overloads"):
+        return []
+    schemas = (getattr(getattr(operator, name), "_schema", None) for name in operator.overloads())
+    return [[(a.name, a.kwarg_only) for a in schema.arguments] for schema in schemas if schema is not None]
+
+
 def memory_without_address(storage: Any) -> int:
     """Identifier of a storage without an address (on the meta device), or 0 if torch has none."""
     return int(getattr(storage, "_cdata", 0))

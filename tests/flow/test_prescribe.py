@@ -499,3 +499,22 @@ def test_the_first_layer_is_the_one_that_runs_first_and_a_gate_is_none_of_the_bl
 
     places = block_places(Late(), pictures()[0])
     assert places == "Around layers.0 to layers.1 (projection, 8 x 8 x 8 to 16 x 4 x 4)."
+
+
+def test_every_name_that_is_a_term_is_said_in_words():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()) for _ in range(6)], nn.Linear(8, 3))
+    found = ss.prescribe(model, (torch.randn(16, 8), torch.arange(16) % 3), loss, steps=1)
+    (note,) = [note for note in found.notes if note.startswith("What the names say: ")]
+    assert "layer-sequential unit variance (Mishkin and Matas 2016)" in note
+    assert "divided by the standard deviation of the layer's output" in note
+    for remedy in found.remedies:
+        is_plain = remedy.name == "a norm after each layer" or " and " in remedy.name
+        assert is_plain or f"{remedy.name}: " in note
+    assert "rezero shortcuts: y = x + " in note and "powers of ten" in str(found)
+
+
+def test_a_linear_probe_is_told_how_to_let_the_others_learn():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    found = ss.prescribe(model, (torch.randn(16, 8), torch.arange(16) % 3), loss, steps=1)
+    assert "requires_grad_(True)" in found.advice and not found.remedies

@@ -889,3 +889,67 @@ def test_tokens_that_are_alike_in_samples_that_are_not_lose_nothing():
     assert flow.verdict.state == "healthy" and flow.verdict.score > -1.5
     model.one.bias.data.fill_(1e4)  # now samples are alike as well
     assert ss.gradient_flow(model, batch, F.cross_entropy).verdict.score < -2.5
+
+
+class Loop(nn.Module):
+    """A recurrence over the steps of a sequence by a loop of Python, linear but for a gain at each step."""
+
+    def __init__(self, kind, gain, each=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.each, self.head = kind, each, nn.Linear(8, 3)
+        self.cell = nn.RNNCell(8, 8, bias=False, nonlinearity="relu" if kind == "relu" else "tanh")
+        self.given, self.kept = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.both = nn.Linear(16, 8, bias=False)
+        for weight in (self.cell.weight_hh, self.kept.weight, self.both.weight[:, 8:]):
+            nn.init.orthogonal_(weight, gain)
+        used = {"cell": [self.cell], "two layers": [self.given, self.kept], "one layer": [self.both], "depth": [self.given, self.kept]}  # fmt: skip
+        for part in (self.cell, self.given, self.kept, self.both):
+            part.requires_grad_(part in used[kind])
+
+    def step(self, x, h):
+        if self.kind == "cell":
+            return self.cell(x, h)
+        if self.kind == "one layer":
+            return torch.tanh(self.both(torch.cat([x, h], 1)))
+        return torch.tanh(self.kept(h)) if self.kind == "depth" else torch.tanh(self.given(x) + self.kept(h))
+
+    def forward(self, x):
+        h = self.given(x[:, 0]) if self.kind == "depth" else x.new_zeros(len(x), 8)
+        states = []
+        for t in range(x.shape[1]):
+            h = self.step(x[:, t], h)
+            states.append(h)
+        return self.head(torch.stack(states, 1)) if self.each else self.head(h)
+
+
+def of_loop(kind, gain, each=False, steps=24):
+    # Small enough that no tanh is far from 0: each step multiplies the gradient by the gain.
+    x, target = (
+        1e-9 * torch.randn(8, steps, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(8) % 3,
+    )
+    loss = (
+        (lambda o, t: F.cross_entropy(o.transpose(1, 2), t[:, None].expand(-1, steps)))
+        if each
+        else F.cross_entropy
+    )
+    return ss.gradient_flow(Loop(kind, gain, each), (x, target), loss).verdict
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", ["cell", "two layers", "one layer"])
+def test_growth_through_the_steps_of_a_loop(kind, each):
+    verdict = of_loop(kind, 2.0, each)
+    assert (verdict.state, verdict.cause) == ("exploding", "time")
+    assert verdict.where == {"cell": "cell", "two layers": "kept", "one layer": "both"}[kind]
+    # From the last call to the first, without what adding up a term for each gives; no gradient is lost at h = 0.
+    calls = 23 if kind == "two layers" else 24
+    if not each:
+        assert verdict.evidence == pytest.approx((calls - 1) * math.log10(2) - math.log10(calls), abs=0.05)
+    assert of_loop(kind, 1.0, each).state == "healthy"
+    assert of_loop(kind, 0.5, False, 60).cause == "time"
+
+
+def test_a_network_that_uses_one_layer_again_and_again_is_no_loop_over_time():
+    assert of_loop("depth", 2.0).cause != "time"

@@ -180,10 +180,11 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(("row", "norm", "relative", "reach"), [
-    ([7, 0.1, 0.2], [0.1, 0.2], [NAN, NAN], [NAN, NAN]),  # the first versions kept an RMS alone
-    ([7, 0.1, 0.2, 1.0, 2.0], [1.0, 2.0], [NAN, NAN], [NAN, NAN]),
-    ([7, 0.1, 0.2, 1.0, 2.0, 5.0, 9.0], [1.0, 2.0], [NAN, NAN], [5.0, 9.0]),
-    ([7, 0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 9.0]),
+    ([7, 0.1, 0.2], [0.1, 0.2], [NAN, NAN], [NAN, NAN, NAN]),  # the first versions kept an RMS alone
+    ([7, 0.1, 0.2, 1.0, 2.0], [1.0, 2.0], [NAN, NAN], [NAN, NAN, NAN]),
+    ([7, 0.1, 0.2, 1.0, 2.0, 5.0, 9.0], [1.0, 2.0], [NAN, NAN], [5.0, 9.0, NAN]),
+    ([7, 0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 9.0, NAN]),
+    ([7, 0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0, 0.5], [1.0, 2.0], [3.0, 4.0], [5.0, 9.0, 0.5]),
 ])  # fmt: skip
 def test_a_row_of_flow_is_read_in_each_form_it_ever_had(row, norm, relative, reach):
     other = {"names": ["a", "x", "b"], "optimizer": 1}
@@ -193,7 +194,7 @@ def test_a_row_of_flow_is_read_in_each_form_it_ever_had(row, norm, relative, rea
     np.testing.assert_array_equal(rms, [[7, 0.1, NAN, 0.2], [8, 0.5, 0.6, 0.7]])
     np.testing.assert_array_equal(norms, [[norm[0], -1, norm[1]], [5, 6, 7]])
     np.testing.assert_array_equal(relatives, [[relative[0], NAN, relative[1]], [NAN] * 3])
-    np.testing.assert_array_equal(reaches, [reach, [NAN, NAN]])
+    np.testing.assert_array_equal(reaches, [reach, [NAN] * 3])
     np.testing.assert_array_equal(owners, [0, 1])
 
 

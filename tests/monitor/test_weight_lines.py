@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import skipscope as ss
 from skipscope.monitor import read_history
+from skipscope.monitor.recording._tracked_parameters import track
+from skipscope.monitor.recording._weight_lines import LineSearch
 
 
 def tower(depth=6, gain=1.0):
@@ -188,7 +190,9 @@ def test_folders_of_earlier_versions_know_no_stretches(tmp_path):
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_history(tmp_path / "run").verdict.state == "healthy"  # judged anew, with its stretches
     for line in lines:
-        line.update({"lines": {k: v[:2] for k, v in line["lines"].items()}} if "lines" in line else {})
+        line.update(
+            {"lines": {k: (v[0][0], v[1]) for k, v in line["lines"].items()}} if "lines" in line else {}
+        )
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_history(tmp_path / "run").verdict.state == "vanishing"
 
@@ -208,3 +212,134 @@ def test_nothing_is_left_of_the_search():
     monitor = trained(Towers(), two_losses, steps=1)  # the search begins, and no step follows
     assert len(hooks._global_forward_hooks) == before
     assert monitor.verdict.state in {"vanishing", "healthy"}
+
+
+def convolutions(depth=6, gain=1.0):
+    layers = []
+    for _ in range(depth):
+        layer = nn.Conv2d(4, 4, 3, padding=1)
+        nn.init.dirac_(layer.weight)
+        with torch.no_grad():
+            layer.weight.add_(0.01 * torch.randn_like(layer.weight)).mul_(gain)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 16))
+
+
+class Joined(nn.Module):
+    """Towers with an input each, joined at a head; or one tower for all inputs."""
+
+    def __init__(self, make, gains, joins="sum", shared=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.towers = nn.ModuleList(make(gain=gain) for gain in (gains[:1] if shared else gains))
+        self.joins, self.shared = joins, shared
+        self.head = nn.Sequential(
+            nn.Linear(16 * len(gains) if joins == "cat" else 16, 16), nn.ReLU(), nn.Linear(16, 3)
+        )
+
+    def forward(self, *inputs):
+        outputs = [self.towers[0 if self.shared else i](x) for i, x in enumerate(inputs)]
+        return self.head(torch.cat(outputs, 1) if self.joins == "cat" else sum(outputs))
+
+
+def of_joined(make, gains, flow_every, events=None, **options):
+    """The verdict of ``watch`` on joined towers, and that of ``gradient_flow``."""
+    model, draw = Joined(make, gains, **options), torch.Generator().manual_seed(1)
+    shape = (16, 16) if make is tower else (16, 4, 4, 4)
+    inputs = tuple(torch.rand(shape, generator=draw) for _ in gains)
+    target = torch.arange(16) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with ss.watch(model, optimizer, flow_every=flow_every, on_verdict=events.append if events is not None else ()) as monitor:  # fmt: skip
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(*inputs), target).backward()
+            optimizer.step()
+    return monitor.verdict, ss.gradient_flow(model, (inputs, target), F.cross_entropy).verdict
+
+
+@pytest.mark.parametrize("flow_every", [1, None])
+@pytest.mark.parametrize("joins", ["sum", "cat"])
+@pytest.mark.parametrize("make", [tower, convolutions])
+@pytest.mark.parametrize("gains", [(1, 0.2), (0.2, 1), (1, 1, 0.2), (1, 0.2, 1)])
+def test_each_of_several_towers_joined_at_a_head_is_judged(make, joins, gains, flow_every):
+    live, expected = of_joined(make, gains, flow_every, joins=joins)
+    assert live.state == expected.state == "vanishing"
+    assert live.where.startswith(f"towers.{gains.index(0.2)}")
+    if flow_every:
+        assert live.where == expected.where
+        assert live.fall_decades == pytest.approx(expected.fall_decades, abs=1e-3)
+
+
+@pytest.mark.parametrize("flow_every", [1, None])
+@pytest.mark.parametrize("make", [tower, convolutions])
+@pytest.mark.parametrize(
+    ("gains", "shared", "state"),
+    [((1, 1), False, "healthy"), ((1, 1, 1), False, "healthy"), ((1, 1), True, "healthy"), ((0.2, 0.2), True, "vanishing")],
+)  # fmt: skip
+def test_healthy_towers_and_one_tower_used_twice_are_judged_as_before(make, gains, shared, state, flow_every):
+    events = []
+    live, expected = of_joined(make, gains, flow_every, events, shared=shared)
+    assert live.state == expected.state == state
+    assert {event.verdict.state for event in events} == {state}
+
+
+def test_a_second_tower_without_any_gradient_is_dead():
+    live, expected = of_joined(tower, (1, 0.0), flow_every=1)
+    assert live.state == expected.state == "dead"
+    assert live.where.startswith("towers.1")
+
+
+class Timed(nn.Module):
+    """A network that gets the time step by a small network of its own, of little weight in each layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.layers = tower(8)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, t):
+        for layer in self.layers:
+            x = layer(x + 1e-3 * self.time(t)) if isinstance(layer, nn.Linear) else layer(x)
+        return self.head(x)
+
+
+def test_a_small_network_for_the_time_step_is_no_tower():
+    model = Timed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tracked = track(optimizer, 0, {"": model})
+    search = LineSearch([tracked], {"": model})
+    model(torch.randn(4, 16), torch.rand(4, 16)).sum().backward()
+    assert {places[0] for places in search.conclude().values()} == {(0,)}
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a trained update beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.down, self.up = (
+            nn.Linear(16, 16),
+            nn.Linear(16, 2, bias=False),
+            nn.Linear(2, 16, bias=False),
+        )
+        self.base.requires_grad_(False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return torch.tanh(self.base(x) + self.up(self.down(x)))
+
+
+def test_an_update_beside_a_frozen_layer_is_beside_the_line():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[LowRank() for _ in range(3)], nn.Linear(16, 3))
+    x, target = torch.randn(16, 16), torch.arange(16) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with ss.watch(model, optimizer, flow_every=1) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+    assert monitor.verdict.state == "healthy"

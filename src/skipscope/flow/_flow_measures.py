@@ -348,8 +348,8 @@ class Prescription(Result):
             [
                 *(
                     [
-                        "Each remedy was applied to a copy and measured on the same data; fall in decades,"
-                        " positive: shrinks going back."
+                        "Each remedy was applied to a copy and measured on the same data. fall: decades"
+                        " (powers of ten) that the gradient loses on its way back; negative: it grows."
                     ]
                     if self.remedies
                     else []

@@ -109,7 +109,10 @@ def prescribe(
             before, (), (), f"{verdict.finding} {verdict.advice} Then run prescribe again.", _why(before)
         )
     if only_the_last_is_trained(model):
-        advice = "Only the last layer is trained. The others are frozen and left alone, so nothing was tried."
+        advice = (
+            "Only the last layer is trained. The others are frozen and left alone, so nothing was tried. To"
+            " let them learn, too, call requires_grad_(True) on them and ask again"
+        )
         return Prescription(before, (), (), advice, _why(before))
     tried, refused = [], []
     listed = candidates(len(found), is_normed(model), verdict.cause)
@@ -122,7 +125,9 @@ def prescribe(
     tried.sort(key=_rank)
     advice, named = _advice(before, tried)
     by_hand = [tools.by_hand(one) for remedy in named for one in listed if one.name == remedy.name]
-    notes = _notes(before, by_hand, tried, steps, frozen(model))
+    names = {remedy.name for remedy in tried}
+    means = [f"{one.name}: {one.means}" for one in listed if one.means and one.name in names]
+    notes = _notes(before, by_hand, means, tried, steps, frozen(model))
     return Prescription(before, tuple(tried), tuple(refused), advice, notes)
 
 
@@ -142,7 +147,8 @@ class _Tools:
         places = ""
         if one.places is not None:
             with random_state_kept(self.seed), as_written():
-                places = " " + one.places(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
+                found = one.places(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
+                places = f" By the layers' names in the model: {found}"
         return f"To do it by hand: {one.name}: {one.code}.{places}"
 
     def measure(self, name: str, code: str, model: nn.Module) -> tuple[Remedy, Verdict]:
@@ -237,10 +243,12 @@ def _why(before: Remedy) -> tuple[str, ...]:
 
 
 def _notes(
-    before: Remedy, by_hand: list[str], tried: list[Remedy], steps: int, frozen_maps: int
+    before: Remedy, by_hand: list[str], means: list[str], tried: list[Remedy], steps: int, frozen_maps: int
 ) -> tuple[str, ...]:
-    """Notes on the unedited network, on applying the best remedies, and on the training steps."""
+    """Why the flow is as it is, how to do what came out best, what the names say, how the steps were made."""
     notes = [*_why(before), *by_hand]
+    if means:
+        notes.append(f"What the names say: {'. '.join(means)}. x goes in, F is the layer, y comes out.")
     if frozen_maps:
         notes.append(
             f"{frozen_maps} frozen layer{'s keep their' if frozen_maps > 1 else ' keeps its'} weights."

@@ -24,18 +24,19 @@ class Candidate:
     """A remedy to try.
 
     Attributes:
-        name: description of the remedy.
-        code: code to apply it by hand.
-        apply: function that changes a copy of the model or returns another module; raises SkipscopeError if
-            it cannot be applied.
-        places: function of a copy that describes which layers are changed and which are not; None if that is
-            obvious.
+        name: in words.
+        code: how to do it by hand.
+        apply: changes a copy of the model, or returns another module; raises SkipscopeError where it cannot.
+        places: on a copy, which layers it goes around, and which it leaves as they are; None where that needs
+            no saying.
+        means: what its name says only to those who know it.
     """
 
     name: str
     code: str
     apply: Callable[[nn.Module, Any], nn.Module]
     places: Callable[[nn.Module, Any], str] | None = None
+    means: str = ""
 
 
 _BLOCKS = Candidate(
@@ -59,6 +60,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         "He initialisation",
         "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
         partial(_initialised, nn.init.kaiming_normal_),
+        means="random weights of standard deviation sqrt(2 / inputs), made for ReLU",
     )
     found = [
         he,
@@ -66,9 +68,15 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
             "orthogonal initialisation",
             "nn.init.orthogonal_(weight); nn.init.zeros_(bias)",
             partial(_initialised, nn.init.orthogonal_),
+            means="random weights that keep the length of what they multiply",
         ),
         Candidate(
-            "each layer's output scaled to variance 1 (LSUV)", "weight.div_(output.std())", _unit_variance
+            "each layer's output scaled to variance 1 (LSUV)",
+            "from the first layer to the last, on a batch: weight.div_(output.std())",
+            _unit_variance,
+            means="layer-sequential unit variance (Mishkin and Matas 2016): a batch goes through the network,"
+            " and layer by layer, from the first on, the weights are divided by the standard deviation of the"
+            " layer's output, so that it becomes 1; here without the orthogonal start",
         ),
     ]
     if cause == "head":
@@ -79,7 +87,8 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         found.append(
             Candidate(
                 "a norm after each layer",
-                "nn.Sequential(layer, nn.LayerNorm(width)), BatchNorm2d for images",
+                "nn.Sequential(layer, nn.LayerNorm(width)) in place of each layer but the last; after a"
+                " convolution of images nn.BatchNorm2d(channels)",
                 _normed,
             )
         )
@@ -87,9 +96,11 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         return [
             *found,
             Candidate("branches scaled by 1/sqrt(L)", "last_weight_of_each_branch.div_(L ** 0.5)",
-                      lambda model, inputs: _scaled_branches(model, inputs, 1 / math.sqrt(shortcuts))),
+                      lambda model, inputs: _scaled_branches(model, inputs, 1 / math.sqrt(shortcuts)),
+                      means="L is the number of shortcuts"),
             Candidate("branches that start at zero", "nn.init.zeros_(last_weight_of_each_branch)",
-                      lambda model, inputs: _scaled_branches(model, inputs, 0.0)),
+                      lambda model, inputs: _scaled_branches(model, inputs, 0.0),
+                      means="each block begins as its shortcut alone, and learns its branch"),
         ]  # fmt: skip
     # Layers with norms usually form residual blocks, whose branch needs no further norm.
     kinds = ("depth-scaled", "highway", "rezero")
@@ -100,6 +111,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
             f'ss.add_shortcuts(model, inputs, kind="{kind}")',
             partial(_with_shortcuts, kind),
             _shortcut_places,
+            registry()[kind].equation,
         )
         for kind in (kinds if normed else ("identity", "pre-norm", *kinds))
     ]
@@ -181,10 +193,7 @@ def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
 
 @torch.no_grad()
 def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
-    """Scale each layer in turn to unit output variance in a forward pass (Mishkin & Matas 2015).
-
-    The orthogonal initialisation of the paper is left out.
-    """
+    """Mishkin & Matas 2016, without the orthogonal start: in one forward pass, each layer in turn."""
     hidden, handles = _hidden(model), []
 
     @torch.no_grad()

@@ -239,10 +239,7 @@ class _Pass:
             self.sites.is_normed(trace),
             self.sites.is_squashed(trace, to.graph.reached()),
         )
-        for i, v in self.values.items():
-            call = trace.values[v].call
-            given = 1 << min(trace.inputs.index(v), 60) if v in trace.inputs else 0
-            to.calls[i] = (-1, given) if call is None else (call, to.graph.inputs[call])
+        to.calls.update({i: to.graph.place_of(trace, v) for i, v in self.values.items()})
         self.sites.forget()
         return value
 

@@ -188,6 +188,13 @@ class CallGraph:
         ends = {c for v in results if (c := made[v]) is not None}
         return cls(parents, tuple(sorted(ends)), inputs)
 
+    def place_of(self, trace: Trace, value: int) -> tuple[int, int]:
+        """The call that gave a value, -1 for an input, and the inputs that it was computed from."""
+        call = trace.values[value].call
+        if call is not None:
+            return call, self.inputs[call]
+        return -1, 1 << min(trace.inputs.index(value), 60) if value in trace.inputs else 0
+
     def ancestors(self, calls: Iterable[int], without: int = -1) -> set[int]:
         """Every call upstream of ``calls``, including these, by paths that do not pass ``without``."""
         seen, waiting = set[int](), [call for call in calls if call != without]

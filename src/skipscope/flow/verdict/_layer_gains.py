@@ -19,7 +19,7 @@ from skipscope._subject import Subject
 from skipscope.flow.passes._gradient_sites import ACTIVATIONS
 from skipscope.flow.verdict._flow_rules import StretchGain
 from skipscope.shortcuts import tap_boundaries
-from skipscope.shortcuts.trace import function_of
+from skipscope.shortcuts.trace import function_of, in_order
 
 SATURATED = 0.05  # of the greatest slope
 
@@ -35,7 +35,7 @@ class _Recorder(TorchFunctionMode):
         self.slopes: dict[int, list[tuple[str, float, float, float]]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = in_order(func, args, kwargs or {})
         if self.busy or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         name = function_of(func).name

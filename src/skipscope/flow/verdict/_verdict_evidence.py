@@ -37,7 +37,11 @@ STARVED_MOST = 9.0
 NEARLY_ZERO = 1e-3
 # Fewest consecutive opaque calls that are judged by the gradients between them.
 HIDDEN_CALLS = 3
-# Norms up to this count as 0.
+# A step is taken out of the input by one call, after those by which it is read: a mask is made by more.
+_TAKING = 3
+# One step of a recurrent layer.
+_CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
+# Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
 _TINY = 1e-300
 
 
@@ -87,7 +91,7 @@ class Evidence:
         head: head between the last hidden boundary and the output, or None.
         worst: site with the smallest gradient, or None.
         reach: reach of the recurrent layer with the shortest reach for its length, or None.
-        growing: reach of the recurrent layer through which the gradient grows most, or None.
+        growing: reach of the recurrent layer or loop through which the gradient grows most, or None.
         starved: weights with a tiny gradient.
         unconnected: trained weighted calls that the loss depends on, but that get no gradient.
         cut: call that lets no gradient through, or "".
@@ -177,7 +181,7 @@ def evidence_of(
         _last_weights(head, ends, averages, unit),
         frozenset(name for site in ends for name in site.weights),
         single,
-        _growing(sites),
+        _growing(sites, graph),
     )
 
 
@@ -206,13 +210,15 @@ class Layout:
     """Layout of a model's boundaries, from a forward pass without gradients.
 
     Attributes:
-        hidden: whether each boundary is on a line, with trained weights before it and any weights after it.
-        averaging: decades that the norm of each boundary's gradient loses by averages between it and the
+        hidden: by boundary, whether trained weights come before it and any after it, and it is on a line.
+        lines: by boundary, the lines that it is on, as bits.
+        averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
         normed: whether there are norms over the data between the weights.
     """
 
     hidden: tuple[bool, ...]
+    lines: tuple[int, ...]
     averaging: tuple[float, ...]
     normed: bool
 
@@ -240,20 +246,54 @@ def _layout(
             results = recorder.values_in(call())
     trace = recorder.trace
     graph = CallGraph.of(trace, results)
-    made = [trace.values[values[i]].call if i in values else None for i in range(len(points))]
-    orders = [-1 if call is None else call for call in made]
+    calls = {i: graph.place_of(trace, value) for i, value in values.items()}
+    orders = [calls[i][0] if i in calls else -1 for i in range(len(points))]
     averages = _averages(graph, sites.sites, sites.pools)
     followed = _followed(graph, sites.sites, orders)
-    start = min((site.order for site in sites.sites if site.trained), default=0)
-    # Frozen boundaries before the first trained one count, because a trained adapter beside a frozen layer is
-    # not on the line.
-    met = [i for i, call in enumerate(made) if call is not None or points[i].key.site == "input"]
-    on = {i for i in _through(met, points, dict(enumerate(orders)), graph) if orders[i] >= start}
-    return Layout(
-        tuple(f and i in on and p.key.site != "input" for i, (f, p) in enumerate(zip(followed, points))),
-        tuple(sum(d for at, d in averages if at > order) for order in orders),
-        sites.is_normed(trace),
-    )
+    lines = [0] * len(points)
+    for bit, line in enumerate(_lines_of(sorted(calls), points, calls, sites.sites, graph)):
+        for i in line:
+            lines[i] |= 1 << bit
+    hidden = [f and on > 0 and p.key.site != "input" for f, on, p in zip(followed, lines, points)]
+    lost = [sum(d for at, d in averages if at > order) for order in orders]
+    return Layout(tuple(hidden), tuple(lines), tuple(lost), sites.is_normed(trace))
+
+
+def _lines_of(
+    met: Sequence[int],
+    places: Sequence[Any],
+    calls: Mapping[int, tuple[int, int]],
+    sites: Sequence[SiteReading],
+    graph: CallGraph,
+) -> list[list[int]]:
+    """The numbers of the boundaries on each line, in order: one line for each input of the model.
+
+    Args:
+        met: numbers of the boundaries that the pass came by, in order.
+        places: the boundaries.
+        calls: by boundary, the call that gave it, and the inputs that it was computed from.
+        sites: the weighted calls.
+        graph: of the calls.
+    """
+    trained = [site for site in sites if site.trained and site.order >= 0]
+    inputs = 0
+    for k in met:
+        inputs |= calls[k][1]
+    found: list[list[int]] = []
+    for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
+        # An input of another tower is no part of this line: around each of its layers it reaches the loss.
+        on = [
+            k
+            for k in met
+            if not bit or calls[k][1] & bit or (places[k].key.site == "input" and not calls[k][1])
+        ]
+        # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
+        on = _through(on, places, {k: order for k, (order, _) in calls.items()}, graph)
+        start = min((s.order for s in trained if not bit or graph.inputs[s.order] & bit), default=0)
+        line = [k for k in on if calls[k][0] >= start or places[k].key.site == "input"]
+        if line and line not in found:
+            found.append(line)
+    return found
 
 
 def _lines(
@@ -263,39 +303,23 @@ def _lines(
     orders: dict[int, tuple[int, int]],
     readings: Readings,
 ) -> tuple[tuple[Point, ...], ...]:
-    """The points of each line, in order; for a module that runs several times, the run with most gradient."""
-    trained = [site for site in readings.sites if site.trained and site.order >= 0]
-    graph = readings.graph
-    assert graph is not None
-    given = graph.inputs
-    inputs = 0
-    for k in kept:
-        inputs |= orders[k][1]
+    """The points of each line, in order; of a module that runs several times the run that gets most."""
+    assert readings.graph is not None
     found: dict[tuple[str, ...], tuple[Point, ...]] = {}
-    for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
-        # An input of another tower is not part of this line, because it reaches the loss around every layer.
-        on = [
-            j
-            for j, k in enumerate(kept)
-            if not bit or orders[k][1] & bit or (places[k].key.site == "input" and not orders[k][1])
-        ]
-        start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
-        on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
-        through = set(_through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, graph))
-        on = [j for j in on if kept[j] in through]
+    at = {k: j for j, k in enumerate(kept)}
+    for on in _lines_of(kept, places, orders, readings.sites, readings.graph):
         groups: dict[Any, list[int]] = defaultdict(list)
-        for j in on:
-            key = places[kept[j]].key
-            # Merges in a loop over layers share their line of code, but are distinct boundaries.
-            again = key.nth if places[kept[j]].kind == "merge" else 0
-            groups[key.host, key.site, again].append(j)
+        for k in on:
+            key = places[k].key
+            # Merges in a loop over layers share their line of code, and are several.
+            again = key.nth if places[k].kind == "merge" else 0
+            groups[key.host, key.site, again].append(at[k])
         line = sorted(
             max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j))
             for group in groups.values()
         )
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
-    found.pop((), None)
     return tuple(found.values()) or (tuple(points),)
 
 
@@ -356,19 +380,50 @@ def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
 
 
 def _reach(sites: Sequence[SiteReading]) -> Reach | None:
-    calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
-    for site in sites:
-        calls[site.weights].append(site)
-    shared = (g for g in calls.values() if len(g) > 3 and g[0].function not in LOOKUPS)
-    found = _fused(sites) + [reach_of(g[0].name, [s.norm for s in g]) for g in shared]
+    found = _fused(sites) + [reach_of(g[0].name, [s.norm for s in g]) for g in _shared(sites)]
     reaches = (reach for reach in found if reach is not None)
     return max(reaches, key=lambda r: r.length / (r.steps or math.inf), default=None)
 
 
-def _growing(sites: Sequence[SiteReading]) -> Reach | None:
-    """Reach with most growth, of fused layers only: other calls with shared weights may be parallel."""
-    reaches = (reach for reach in _fused(sites) if reach is not None)
-    return max(reaches, key=lambda r: r.growth, default=None)
+def _shared(sites: Sequence[SiteReading]) -> list[list[SiteReading]]:
+    """Calls of the same weights, where there are several."""
+    calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
+    for site in sites:
+        calls[site.weights].append(site)
+    return [group for group in calls.values() if len(group) > 3 and group[0].function not in LOOKUPS]
+
+
+def _growing(sites: Sequence[SiteReading], graph: CallGraph) -> Reach | None:
+    """Of fused layers, and of loops over the steps of a sequence."""
+    found = _fused(sites)
+    for group in _shared(sites):
+        reach = reach_of(group[0].name, [site.norm for site in group])
+        if reach is not None and reach.growth > 0 and _is_through_time(group, sites, graph):
+            found.append(reach)
+    return max((reach for reach in found if reach is not None), key=lambda r: r.growth, default=None)
+
+
+def _is_through_time(group: Sequence[SiteReading], sites: Sequence[SiteReading], graph: CallGraph) -> bool:
+    """Whether calls follow each other, and more of the input comes in between any two: a loop over steps.
+
+    Calls that share a weight may also stand beside each other, or be the layers of one network.
+    """
+    if any(site.order < 0 for site in group):
+        return False
+    weighted = {site.order for site in sites}
+    for one, after in pairwise(group):
+        later = graph.ancestors([after.order])
+        if one.order not in later:
+            return False
+        fresh = later - graph.ancestors([one.order])
+        comes_in = (
+            one.order not in (above := graph.ancestors([c])) and (c in weighted or len(above) <= _TAKING)
+            for c in fresh
+            if graph.inputs[c]
+        )
+        if after.function not in _CELLS and not any(comes_in):
+            return False
+    return True
 
 
 def _fused(sites: Sequence[SiteReading]) -> list[Reach | None]:

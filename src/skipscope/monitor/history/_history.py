@@ -151,10 +151,13 @@ class History(Result):
         hidden: whether each boundary is between input and output; the fall is measured over these; ``[B]``.
         averaging: decades that the norm at each boundary loses by averages between it and the output;
             ``[B]``.
-        normed: whether there are norm layers over the data between the weights.
-        recurrent: name of the recurrent layer whose reach was read; empty without such a layer.
-        reach: time steps until a thousandth of the gradient is left (NaN if more is left at the first step),
-            and length of the sequence; ``[flow rows, 2]``.
+        normed: norms over the data stand between the weights.
+        recurrent: the recurrent layer whose reach was read; empty without one.
+        reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first
+            step), length of the sequence, and decades that the gradient grows on its way to the first step;
+            ``[flow rows, 3]``.
+        lines: the lines that each boundary is on, as bits: one line for each input of the model; 0 beside
+            them; ``[B]``.
 
     Example:
         >>> import torch, skipscope as ss
@@ -203,7 +206,8 @@ class History(Result):
     averaging: tuple[float, ...] = ()
     normed: bool = False
     recurrent: str = ""
-    reach: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    reach: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))
+    lines: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)

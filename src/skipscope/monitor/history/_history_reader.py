@@ -110,6 +110,7 @@ def assemble(
         flow_owners=flow_owners,
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
+        lines=tuple(_of_boundary(flow, name, "lines", 0) for name in names),
         normed=any(about.get("normed", False) for about, _ in flow[-1:]),
         recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""),
         reach=reach,
@@ -151,8 +152,8 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
     """Join the flow readings of all sets of boundaries.
 
     Returns:
-        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms, and norms of gradient
-        times activation, each ``[rows, B]``; reach ``[rows, 2]``.
+        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms and norms of
+        gradient times activation ``[rows, B]``; reach ``[rows, 3]``.
     """
     names: list[str] = []
     for about, _ in reversed(flow):
@@ -170,16 +171,19 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
         block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
         norm[:, at] = rows[:, 1 + B : 1 + 2 * B] if rows.shape[1] > 1 + B else rows[:, 1:]
         relative = np.full((len(rows), len(names)), np.nan)
-        if rows.shape[1] == 3 + 3 * B:
+        width = rows.shape[1]  # earlier versions kept less
+        if width in {3 + 3 * B, 4 + 3 * B}:
             relative[:, at] = rows[:, 1 + 2 * B : 1 + 3 * B]
-        has_reach = rows.shape[1] >= 3 + 2 * B
-        reaches.append(rows[:, -2:] if has_reach else np.full((len(rows), 2), np.nan))
+        kept = 3 if width == 4 + 3 * B else 2 if width in {3 + 2 * B, 3 + 3 * B} else 0
+        reach = np.full((len(rows), 3), np.nan)
+        reach[:, :kept] = rows[:, width - kept :]
+        reaches.append(reach)
         relatives.append(relative)
         blocks.append(block)
         norms.append(norm)
         owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
     if not blocks:
-        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 2))
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 3))
     joined = np.concatenate(blocks)
     order = np.argsort(joined[:, 0], kind="stable")
     columns = (np.concatenate(column)[order] for column in (owners, norms, relatives, reaches))
@@ -245,7 +249,7 @@ def _verdict_of_chain(
     judged = [
         _verdict_of_tower(history, tower, was, is_early, less, lines) for tower, less in zip(towers, hungry)
     ]
-    of_parameters = max(judged, key=_severity)
+    of_parameters = max(judged, key=_live_verdict.severity)
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
             of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
@@ -267,11 +271,19 @@ def _verdict_of_chain(
     values = history.flow_norm[mine[-1]]
     own = np.flatnonzero(values != NOT_RUN)
     places = [
-        Place(history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0)
+        Place(
+            history.boundaries[i],
+            history.hidden[i],
+            history.averaging[i] if history.averaging else 0.0,
+            history.lines[i] if history.lines else 0,
+        )
         for i in own
     ]
-    steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
-    reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
+    steps, length, growth = history.reach[mine[-1]] if len(history.reach) else [math.nan] * 3
+    reach = None
+    if math.isfinite(length):
+        steps = int(steps) if math.isfinite(steps) else None
+        reach = Reach(history.recurrent, steps, int(length), growth if growth > 0 else 0.0)
     relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
         places,
@@ -289,13 +301,12 @@ def _verdict_of_chain(
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
     """The parameters of each tower, in order of execution; parameters of no known tower are in all towers."""
     names = history.parameters
-    towers = sorted({lines[names[i]][0] for i in part if names[i] in lines})
+    towers = sorted({tower for i in part if names[i] in lines for tower in lines[names[i]][0]})
     if not towers:
         return [list(part)]
-    places = {i: lines.get(names[i], (-1, i, 0)) for i in part}
+    places = {i: lines.get(names[i], (towers, i, 0)) for i in part}
     return [
-        sorted((i for i in part if places[i][0] in (tower, -1)), key=lambda i: places[i][1])
-        for tower in towers
+        sorted((i for i in part if tower in places[i][0]), key=lambda i: places[i][1]) for tower in towers
     ]
 
 
@@ -306,18 +317,14 @@ def _verdict_of_tower(
     whole = _verdict_of_parameters(history, tower, was, is_early, starved, bool(lines))
     stretches: dict[int, list[int]] = {}
     for i in tower:
-        stretches.setdefault(lines.get(history.parameters[i], (-1, i, -1))[2], []).append(i)
+        stretches.setdefault(lines.get(history.parameters[i], ((), i, -1))[2], []).append(i)
     if whole.state not in {"vanishing", "exploding"} or len(stretches) < 2:
         return whole
     # Weights of different shapes are only compared along a whole tower.
     usual = [Counter(history.shapes[i] for i in stretch) for stretch in stretches.values()]
     alike = [s for s, counts in zip(stretches.values(), usual) if max(counts.values()) >= _live_verdict.ALIKE]
     judged = [_verdict_of_parameters(history, stretch, was, is_early, starved, True) for stretch in alike]
-    return max(judged, key=_severity, default=whole)
-
-
-def _severity(verdict: LiveVerdict) -> tuple[int, float]:
-    return _live_verdict.badness(verdict.state), abs(verdict.fall_decades or 0.0)
+    return max(judged, key=_live_verdict.severity, default=whole)
 
 
 def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
@@ -529,8 +536,7 @@ def _events(
             changed += 1
             continue
         if "lines" in entry:
-            # Earlier versions did not write stretches.
-            lines = {name: (at[0], at[1], at[2] if len(at) > 2 else 0) for name, at in entry["lines"].items()}
+            lines = {name: _line_from(place) for name, place in entry["lines"].items()}
             continue
         if "closed" in entry or "resumed" in entry:
             end = entry if "closed" in entry else None
@@ -541,6 +547,12 @@ def _events(
             f"{changed:,} lines of {file.name} have changed since they were written, and are left out."
         )
     return events, end, lines
+
+
+def _line_from(place: list[Any]) -> tuple[tuple[int, ...], int, int]:
+    """Earlier versions knew of one tower for each parameter, and of no stretches."""
+    towers, order, stretch = [*place, 0][:3]
+    return (towers,) if isinstance(towers, int) else tuple(towers), order, stretch
 
 
 def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:

@@ -73,6 +73,11 @@ def badness(state: LiveState) -> int:
     return _BADNESS.index(state)
 
 
+def severity(verdict: LiveVerdict) -> tuple[int, float]:
+    """What the worst of several verdicts is the greatest by."""
+    return badness(verdict.state), abs(verdict.fall_decades or 0.0)
+
+
 def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> LiveVerdict:
     """Adapt a verdict to the kinds of optimizer in use: which of them are hindered, and the wording."""
     if verdict.state not in {"vanishing", "exploding"}:
@@ -91,15 +96,17 @@ class Place:
     """A boundary in a live verdict.
 
     Attributes:
-        name: name of the boundary.
-        hidden: whether it is between input and output. The fall is measured over hidden boundaries only: no
-            weight is trained through the input's gradient, and all layers share the step to the output.
-        averaging: decades that its gradient loses by averages between it and the output; they are added back.
+        name: of the boundary.
+        hidden: it is between input and output. The fall is taken over such places alone: no weight is
+            trained through the input's gradient, and the step to the output is common to all layers.
+        averaging: decades that its gradient loses by averages between it and the output, which are put back.
+        lines: the lines that it is on, as bits; 0 beside them.
     """
 
     name: str
     hidden: bool
     averaging: float = 0.0
+    lines: int = 0
 
 
 def judge_flow(
@@ -114,7 +121,7 @@ def judge_flow(
     relative: Sequence[float] = (),
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
-    """Judge the flow at boundaries.
+    """The verdict on the flow at boundaries: that on the worst line.
 
     Args:
         places: boundaries, nearest the input first.
@@ -127,10 +134,43 @@ def judge_flow(
         starved: weights with a tiny gradient, if known.
         relative: norm of gradient times activation at each boundary; NaN or empty if it was not read.
     """
+    products = [*relative] or [math.nan] * len(places)
+    count = max((place.lines for place in places), default=0).bit_length()
+    found = []
+    for line in range(max(1, count)):
+        on = [i for i, place in enumerate(places) if not place.lines or place.lines >> line & 1]
+        found.append(
+            _judge_line(
+                [places[i] for i in on],
+                values[on],
+                [products[i] for i in on],
+                step,
+                was,
+                normed,
+                reach,
+                is_early,
+                starved,
+            )
+        )
+    return max(found, key=severity)
+
+
+def _judge_line(
+    places: Sequence[Place],
+    values: np.ndarray,
+    relative: Sequence[float],
+    step: int,
+    was: LiveState,
+    normed: bool,
+    reach: Reach | None,
+    is_early: bool,
+    starved: Starved,
+) -> LiveVerdict:
+    """The verdict on one line, and on what is beside all lines."""
     hidden = [place.hidden for place in places]
     points = [
         Point(place.name, *_flow_state(value, place.averaging), log_relative=_log(product, place.averaging))
-        for place, value, product in zip(places, values, [*relative] or [math.nan] * len(places))
+        for place, value, product in zip(places, values, relative)
     ]
     inner = [point for point, is_hidden in zip(points, hidden) if is_hidden]
     trained = points[1:] if len(points) > 1 and not hidden[0] else points
@@ -144,7 +184,9 @@ def judge_flow(
     elif trained[0].state in missing:
         inner = trained
     inner = inner or [replace(point, hidden=False) for point in trained]
-    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach, starved=starved)
+    evidence = Evidence(
+        (tuple(inner),), _head_of(points, hidden, places), reach=reach, growing=reach, starved=starved
+    )
     return _live(evidence, "boundaries", step, was, None, normed)
 
 

@@ -83,15 +83,18 @@ class Store:
                 "names": list(row.names),
                 "optimizer": row.owner,
                 "hidden": list(row.hidden),
+                "lines": list(row.lines),
                 "averaging": list(row.averaging),
                 "normed": row.normed,
                 "recurrent": row.reach.site if row.reach is not None else "",
             }
-            rows = self._rows("flow", 3 + 3 * len(row.names), most_rows(2 * len(row.names)), about)
+            rows = self._rows("flow", 4 + 3 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):
             rms = row.norm / np.sqrt(row.elements)
-        reach = (np.nan, np.nan) if row.reach is None else (row.reach.steps or np.nan, row.reach.length)
+        reach = (np.nan, np.nan, np.nan)
+        if row.reach is not None:
+            reach = row.reach.steps or np.nan, row.reach.length, row.reach.growth
         rows.append(np.array([row.step, *rms, *row.norm, *row.relative, *reach], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +30,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, world
 from skipscope._sharding import gathered_weights
 from skipscope._untouched import is_measuring, untouched
-from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
+from skipscope.flow import GROWTH, Layout, Reach, by_step, layout_of, reach_of
 from skipscope.monitor.recording import _gradient_norms, _rank_sums
 from skipscope.monitor.recording._backward_passes import BackwardPass, BackwardPasses, inside_backward
 from skipscope.monitor.recording._step_row import on_its_way
@@ -43,18 +43,20 @@ class FlowRow:
     """Gradient flow at a step.
 
     Attributes:
-        owner: index of the optimizer.
-        step: number of its step.
-        names: names of the boundaries.
-        norm: L2 norm of dL/d(activation) over the whole batch; inf if a gradient is not finite, NaN if none
-            arrived.
-        relative: L2 norm of gradient times activation if there are norm layers between the weights,
-            otherwise NaN.
-        elements: number of elements of each gradient: the RMS is ``norm / sqrt(elements)``.
-        hidden: whether each boundary is between input and output.
-        averaging: decades that the gradient at each loses by averages between it and the output.
-        normed: whether there are norm layers over the data between the weights.
-        reach: reach of the recurrent layer with the shortest reach for its length, or None.
+        owner: the optimizer whose step it is.
+        step: its number.
+        names: of the boundaries.
+        norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where
+            none arrived.
+        relative: L2 norm of the gradient times the activation, where norms stand between the weights; else
+            NaN.
+        elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
+        hidden: whether the boundary is between input and output.
+        lines: the lines that it is on, as bits: one line for each input of the model.
+        averaging: decades that each loses by averages between it and the output.
+        normed: norms over the data stand between the weights.
+        reach: of the recurrent layer through which the gradient grows, or with the shortest one for its
+            length; None without one.
     """
 
     owner: int
@@ -64,6 +66,7 @@ class FlowRow:
     relative: np.ndarray
     elements: np.ndarray
     hidden: tuple[bool, ...]
+    lines: tuple[int, ...]
     averaging: tuple[float, ...]
     normed: bool
     reach: Reach | None
@@ -74,17 +77,19 @@ class _Activation:
     """Gradients at an activation of a forward pass, by backward pass.
 
     Attributes:
-        boundary: index of the boundary; -1 for the input of a recurrent layer.
-        elements: number of elements of the gradient.
-        recurrent: name of the recurrent layer.
-        batch_first: whether the layer's input is ``[B, T, F]``.
-        value: the activation, if the norm of gradient times activation is needed.
-        relative: backward pass -> that norm.
+        boundary: its number; -1 for the input of a recurrent layer.
+        elements: of the gradient.
+        recurrent: the layer, or the cell.
+        step: of a cell, how many of its calls came before in this forward pass; None of a layer.
+        batch_first: the layer's input is ``[B, T, F]``.
+        value: the activation, where gradient times activation is asked for.
+        relative: that norm, by backward pass.
     """
 
     boundary: int
     elements: int
     recurrent: str = ""
+    step: int | None = None
     batch_first: bool = False
     arrived: dict[BackwardPass, Any] = field(default_factory=dict)  # a norm; [gradient] where more may follow
     value: Tensor | None = None
@@ -141,7 +146,7 @@ class FlowReader:
         self.first_step = first_step
         self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
-        self._layout = Layout((), (), False)
+        self._layout = Layout((), (), (), False)
         self._whole = self.model
         self._parts: set[int] = set()
         self._running: list[int] = []
@@ -150,6 +155,7 @@ class FlowReader:
         self._is_eager = False
         self._hooks: list[Any] = []
         self._activations: list[_Activation] = []
+        self._cell_calls: Counter[str] = Counter()
         self._left: set[int] = set()
         self._received: dict[int, tuple[int, Any]] = {}
         self._ranks, self._agreed = world()[1], False
@@ -349,11 +355,12 @@ class FlowReader:
             norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
-            at = {point.name: i for i, point in enumerate(self._points or ())}
-            hidden, averaging = zip(
+            at, layout = {point.name: i for i, point in enumerate(self._points or ())}, self._layout
+            numbers = [at.get(name) for name in row.names]
+            hidden, lines, averaging = zip(
                 *(
-                    (self._layout.hidden[at[n]], self._layout.averaging[at[n]]) if n in at else (True, 0.0)
-                    for n in row.names
+                    (True, 0, 0.0) if i is None else (layout.hidden[i], layout.lines[i], layout.averaging[i])
+                    for i in numbers
                 )
             )
             self.deliver(
@@ -365,8 +372,9 @@ class FlowReader:
                     relative,
                     row.elements,
                     hidden,
+                    lines,
                     averaging,
-                    self._layout.normed,
+                    layout.normed,
                     row.reach,
                 )
             )
@@ -389,7 +397,7 @@ class FlowReader:
             return None
         if module is self.model:
             return self._forward_begins(module, args, _torch_private.keywords_of_call())
-        if self.forwards and isinstance(module, nn.RNNBase):
+        if self.forwards and isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return self._recurrence_begins(module, args)
         if id(module) in self._parts and not self.forwards:
             if not self._running and any(True for _ in module.parameters()):
@@ -398,12 +406,16 @@ class FlowReader:
             self._running.append(id(module))
         return None
 
-    def _recurrence_begins(self, module: nn.RNNBase, args: Any) -> Any:
-        """Read the gradient of a recurrent layer's input at each time step."""
+    def _recurrence_begins(self, module: nn.RNNBase | nn.RNNCellBase, args: Any) -> Any:
+        """Read the gradient of a recurrent layer's input at each step; a cell's call is one."""
         name = next((name for name, part in self.model.named_modules() if part is module), None)
         if name is None or not args or not isinstance(args[0], Tensor) or self._ranks > 1:
             return None
-        arrived = _Activation(-1, 0, name or "the model", module.batch_first)
+        if isinstance(module, nn.RNNCellBase):
+            arrived = _Activation(-1, 0, name or "the model", self._cell_calls[name])
+            self._cell_calls[name] += 1
+        else:
+            arrived = _Activation(-1, 0, name or "the model", batch_first=module.batch_first)
         return self._hooked(args[0], arrived, is_input=True), *args[1:]
 
     def _called_after(self, module: nn.Module, *_: Any) -> None:
@@ -414,6 +426,7 @@ class FlowReader:
         if self._points is None and not self._find(args, keywords):
             return None
         self.forwards += 1
+        self._cell_calls.clear()
         points = self._points or ()
         stack = contextlib.ExitStack()
         inner = tuple(p for p in points if p.key.site != "input")  # our own hook is the one at the input
@@ -513,20 +526,26 @@ class FlowReader:
 
 
 def _reach_of(recurrent: Sequence[_Activation], counted: Sequence[BackwardPass]) -> Reach | None:
-    """Reach of the recurrent layer with the shortest reach relative to its length, or None."""
+    """Of the recurrent layer through which the gradient grows, or with the shortest reach for its length."""
     profiles: dict[str, list[float]] = {}
     for activation in recurrent:
         gradients = [grad for p in counted if p in activation.arrived for grad in activation.arrived[p]]
         if gradients:
             total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).double().sum(dim=0)
-            rows = torch.stack(by_step(total, None, activation.batch_first)).flatten(1)
+            first = activation.step or 0
+            steps = by_step(total, None, activation.batch_first) if activation.step is None else [total]
+            rows = torch.stack(steps).flatten(1)
             squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist()
             known = profiles.setdefault(activation.recurrent, [])
-            known += [0.0] * (len(squares) - len(known))
-            for t, square in enumerate(squares):
+            known += [0.0] * (first + len(squares) - len(known))
+            for t, square in enumerate(squares, first):
                 known[t] += square
+    profiles = {name: profile for name, profile in profiles.items() if len(profile) > 3}
     found = (reach_of(name, [math.sqrt(q) for q in profile]) for name, profile in profiles.items())
-    long = [reach for reach in found if reach is not None and reach.length > 3]
+    long = [reach for reach in found if reach is not None]
+    growing = max(long, key=lambda reach: reach.growth, default=None)
+    if growing is not None and growing.growth >= GROWTH:
+        return growing
     return max(long, key=lambda reach: reach.length / (reach.steps or math.inf), default=None)
 
 

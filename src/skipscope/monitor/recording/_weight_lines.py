@@ -1,9 +1,11 @@
 """Towers and execution order of weights, found by observing the forward passes of one step.
 
-Gradients of parameters can only be compared within a tower, in the order of execution. The model's own order
-is that of registration, and does not separate towers (an actor and a critic, an image and a text encoder),
-whose losses may differ by many decades. Autograd's graph does: two weights belong to different towers if
-neither is upstream of the other and no observed output depends on both.
+Gradients of parameters can be compared only along a line, in the order of execution. The model's own order is
+that of registration, and says nothing of two towers (an actor and a critic, an image and a text encoder),
+whose losses may differ by many decades. Autograd's graph knows: weights of which none is upstream of the
+other, nor of a third one that both reach, belong to different towers. Towers that are joined at a head, and
+have an input of the model each, are a line each, head and all, where both are several matrices deep: a small
+embedding of the time step, or of a class, is no tower.
 
 If a tensor without gradient is concatenated in the middle of a tower (such as the input in NeRF), the layers
 before it are a branch: the input reaches the rest without them. They form a stretch of their own.
@@ -12,6 +14,7 @@ before it are a branch: the input reaches the rest without them. They form a str
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +26,10 @@ from skipscope._untouched import is_measuring
 from skipscope.monitor.recording._backward_passes import inside_backward
 from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
-# Name of a parameter -> index of its tower, position in the order of execution, index of its stretch.
-WeightLines = Mapping[str, tuple[int, int, int]]
+# By parameter's name: the numbers of its towers, its place in the order of execution, and its stretch.
+WeightLines = Mapping[str, tuple[tuple[int, ...], int, int]]
+# So many matrices of its own make an input's layers a tower.
+_OWN = 3
 
 
 class LineSearch:
@@ -49,10 +54,13 @@ class LineSearch:
             if any(id(p) in matrices for p in module._parameters.values())
         }
         self._matrices = sum(1 << i for i, p in enumerate(named.values()) if p.ndim > 1)
-        # Autograd node -> bits of the parameters upstream of it; nodes are released after the step.
+        self._models = {id(model) for model in models.values()}
+        # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
         self._upstream: dict[Any, int] = {}
-        self._reached: list[int] = []
-        # Parameters upstream of each concatenation with a tensor without gradient.
+        # Of each output with weights upstream: their bits, and which tensors the call was given.
+        self._reached: list[tuple[int, list[int]]] = []
+        self._inputs: list[Tensor] = []  # of the models
+        # Parameters upstream of each concatenation with what carries no gradient.
         self._joined: list[int] = []
         self._is_hidden = False
         self._is_eager = _torch_private.eager.begin()
@@ -61,8 +69,15 @@ class LineSearch:
             module_hooks.register_module_forward_hook(self._called),
         ]
 
-    def _called(self, module: nn.Module, _: Any, output: Any) -> None:
-        if id(module) not in self._waiting or is_measuring():
+    def _called(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_measuring():
+            return
+        given = []
+        if id(module) in self._models or id(module) in self._waiting:
+            given = [_whole(t) for t in tensors_in((args, _torch_private.keywords_of_call()))]
+        if id(module) in self._models:
+            self._inputs += given  # held until the step is over, so that no other tensor gets their ids
+        if id(module) not in self._waiting:
             return
         if inside_backward():
             # A checkpoint recomputes its part in a graph that is not connected to the rest.
@@ -71,7 +86,7 @@ class LineSearch:
         made = [t.grad_fn for t in tensors_in(output) if isinstance(t, Tensor) and t.grad_fn is not None]
         if made:
             self._waiting.discard(id(module))
-            self._reached += [self._parameters_of(node) for node in made]
+            self._reached += [(self._parameters_of(node), [id(t) for t in given]) for node in made]
 
     def _parameters_of(self, root: Any) -> int:
         """Bits of the parameters upstream of a node."""
@@ -101,25 +116,54 @@ class LineSearch:
         self.close()
         towers: list[int] = []
         order: dict[int, int] = {}
+        entries = {id(tensor): 1 << k for k, tensor in enumerate(self._inputs)}
+        from_entries: dict[int, int] = {}  # by parameter, the inputs that its layer's output depends on
         seen = 0
-        for bits in self._reached:
+        for bits, given in self._reached:
+            before = bits & seen
+            computed_from = 0
+            for i in _indices(before):
+                computed_from |= from_entries[i]
+            if not before:
+                for tensor in given:
+                    computed_from |= entries.get(tensor, 0)
             for i in _indices(bits & ~seen):
-                order[i] = len(order)
+                order[i], from_entries[i] = len(order), computed_from
             seen |= bits
             apart = [tower for tower in towers if not tower & bits]
             for tower in towers:
                 bits |= tower if tower & bits else 0
             towers = [*apart, bits]
+        self._reached, self._inputs = [], []
         if self._is_hidden or self._matrices & ~seen:
             return None
+        lines = [line for tower in towers for line in self._joined_towers(tower, from_entries)]
         stretches: dict[tuple[bool, ...], int] = {}
         found = {}
-        for k, tower in enumerate(towers):
-            for i in _indices(tower):
-                before = tuple(bool(join >> i & 1) for join in self._joined)
-                stretch = stretches.setdefault(before, len(stretches))
-                found[self._names[i]] = k, order[i], stretch
+        for i in _indices(seen):
+            before_join = tuple(bool(join >> i & 1) for join in self._joined)
+            stretch = stretches.setdefault(before_join, len(stretches))
+            mine = tuple(k for k, line in enumerate(lines) if line >> i & 1)
+            found[self._names[i]] = mine, order[i], stretch
         return found
+
+    def _joined_towers(self, whole: int, from_entries: Mapping[int, int]) -> list[int]:
+        """The lines of layers that are joined somewhere, one for each input with a tower of its own."""
+        mine = {i: from_entries[i] for i in _indices(whole)}
+        inputs = 0
+        for entries in mine.values():
+            inputs |= entries
+        groups = [1 << k for k in _indices(inputs)]
+        for one, other in combinations(list(groups), 2):
+            own = [e for i, e in mine.items() if self._matrices >> i & 1 and bool(e & one) != bool(e & other)]
+            if min(sum(bool(e & side) for e in own) for side in (one, other)) < _OWN:
+                together = [group for group in groups if group & (one | other)]
+                groups = [group for group in groups if group not in together] + [sum(together)]
+        if len(groups) < 2:
+            return [whole]
+        return [
+            sum(1 << i for i, entries in mine.items() if entries & group or not entries) for group in groups
+        ]
 
     def close(self) -> None:
         """Remove the hooks, and release autograd's nodes, outputs first."""
@@ -136,3 +180,8 @@ class LineSearch:
 
 def _indices(bits: int) -> list[int]:
     return [i for i in range(bits.bit_length()) if bits >> i & 1]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base

@@ -1,5 +1,6 @@
 """Record a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
 
+from skipscope.shortcuts.trace._argument_order import in_order as in_order
 from skipscope.shortcuts.trace._function_names import function_of as function_of
 from skipscope.shortcuts.trace._lent_inputs import LentInputs as LentInputs
 from skipscope.shortcuts.trace._recorded_trace import Hidden as Hidden

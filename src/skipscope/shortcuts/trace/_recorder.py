@@ -29,6 +29,7 @@ from skipscope._torch_private import (
     without_modes,
 )
 from skipscope.shortcuts.trace import _call_sites, _operations
+from skipscope.shortcuts.trace._argument_order import in_order
 from skipscope.shortcuts.trace._function_names import (
     COMPOSITES,
     LIKE_ANOTHER,
@@ -218,11 +219,13 @@ class Recorder(TorchFunctionMode):
             return _operations.one_by_one(self, operation, func, args, kwargs)
         if function.name in COMPOSITES and isinstance(func, FunctionType):
             return self._run_composite(func, args, kwargs)
+        as_given, named = args, kwargs
+        args, kwargs = in_order(func, args, kwargs)
         tensors = _tensors(args, kwargs)
         frame = _call_sites.caller()
         unseen = self._unseen_around(frame)
         if unseen is not None:
-            return self._noted_unseen(unseen, func, function, args, kwargs)
+            return self._noted_unseen(unseen, func, function, as_given, named)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
         # Buffers that torch itself allocates (FSDP) are filled without joining activations.
         is_empty = function.name in UNINITIALISED and sys._getframe(1) is frame
@@ -242,7 +245,7 @@ class Recorder(TorchFunctionMode):
         elif not self._composite and self._looks_up(call):
             call.key, call.owner, call.checkpointed = self.sites.key(frame, _label(func, call))
             self._keys.append(call)
-        output = func(*args, **kwargs)
+        output = func(*as_given, **named)
         if function.name not in SHAPE_ONLY or function.in_place:
             self._note(call, tensors, args, kwargs, output)
             if call.joins:
