@@ -199,10 +199,24 @@ def test_to_dataframe():
     assert isinstance(frame, pandas.DataFrame) and frame["value"][0] == 0.25
 
 
-@pytest.mark.parametrize("sly", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1"])
+@pytest.mark.parametrize(
+    "sly", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff20x"]
+)
 def test_a_cell_of_text_is_no_formula(sly):
     line = Table("t", ["a"], [[sly]]).csv().splitlines()[1]
-    assert not line.lstrip('"').startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert not line.lstrip('"').startswith(tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20"))
+
+
+@pytest.mark.parametrize("sly", ["<script>x</script>", "![](http://host/x)", "[a](javascript:x)"])
+def test_a_name_in_markdown_is_neither_markup_nor_a_link(sly):
+    text = Table(sly, [sly], [[sly]], [sly]).markdown()
+    assert "<" not in text and "](" not in text
+
+
+def test_headings_of_arrays_are_text_whatever_they_hold(tmp_path):
+    (tmp_path / "t.npz").write_bytes(Table("t", ["a\ud83d"], [[1.0]]).npz())
+    with np.load(tmp_path / "t.npz") as arrays:
+        assert arrays.files == ["a\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize("sly", ["\n", "\r", "\u2028", "\x0b", "\x85"])
