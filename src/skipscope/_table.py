@@ -71,8 +71,7 @@ class Table:
             rule = "\u2500" * (sum(sizes) + gap * (len(sizes) - 1) + 1)
             lines += ["", *head, f" {rule}", *body[0], ""]
         for note in self.notes:
-            for line in note.splitlines():
-                lines += textwrap.wrap(printable(line), width, break_on_hyphens=False) or [""]
+            lines += textwrap.wrap(printable(note), width, break_on_hyphens=False) or [""]
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def markdown(self) -> str:
