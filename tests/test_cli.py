@@ -344,13 +344,17 @@ LOUD = {
     "a library in C": "os.write(1, b'hello')",
     "the interpreter's own": "sys.__stdout__.write('hello')",
     "as the process ends": "atexit.register(print, 'hello')",
+    "a thread, until the process ends": (
+        "threading.Thread(target=lambda: [print('hello', flush=True) for _ in range(10**9)], daemon=True).start()"
+    ),
+    "then closes what it printed to": "print('hello', flush=True); sys.stdout.close()",
 }
 
 
 @pytest.mark.parametrize("how", LOUD)
 def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder, how):
     (folder / "loud.py").write_text(
-        f"import atexit, os, sys\nfrom mine import *\ndef loud():\n    {LOUD[how]}\n    return make()\n"
+        f"import atexit, os, sys, threading\nfrom mine import *\ndef loud():\n    {LOUD[how]}\n    return make()\n"
     )
     done = skipscope(folder, "find", "loud:loud", "--input", "4x8", "--json")
     assert len(json.loads(done.stdout)["entries"]) == 2
