@@ -326,7 +326,9 @@ def _end_with_parent() -> None:
 def _pytest(arguments: Iterable[str], plugin: object) -> None:
     import pytest
 
-    pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *arguments], plugins=[plugin])
+    # A module whose name ends in _test would be read by pytest's own loader, which notes no line.
+    own = ["-o", "python_files=test_*.py"]
+    pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *own, *arguments], plugins=[plugin])
 
 
 def _first_failure(tests: list[str], seconds: dict[str, float]) -> str:
