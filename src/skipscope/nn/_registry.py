@@ -393,11 +393,11 @@ def registry() -> dict[str, Kind]:
     return {kind.name: kind for kind in _KINDS}
 
 
-def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
-    """Look up a kind by its name or its class. None for a user-defined class.
+def find_kind(kind: Any, operation: str) -> Kind | None:
+    """The kind of that name or that class; None for a class of the user's own.
 
     Raises:
-        SkipscopeError: an unknown name.
+        SkipscopeError: a name that no kind has, or what makes no module.
 
     Example:
         >>> find_kind("rezero", "my_function").name
@@ -405,7 +405,7 @@ def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
         >>> find_kind(nn.Linear, "my_function") is None
         True
     """
-    if isinstance(kind, str):
+    if isinstance(kind, str | nn.Module) or not callable(kind):
         require_option(operation, "kind", kind, registry(), "a module class")
         return registry()[kind]
     if kind is HyperConnected:
