@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import skipscope as ss
+from skipscope.shortcuts.finding._parts import _meet
 
 
 class Net(nn.Module):
@@ -294,3 +297,14 @@ def test_a_bias_for_all_tokens_is_no_stream(count):
 
     got, found, *_ = kinds_of(forward, (count, 5, 6))
     assert got == ["identity"] and found[0].fork != "weights"
+
+
+ranges = st.builds(
+    lambda start, count, step: range(start, start + count * step, step),
+    *map(st.integers, (0, 0, 1), (40, 64, 5)),
+)
+
+
+@given(ranges, ranges)
+def test_parts_meet_where_they_hold_the_same_place(one, other):
+    assert _meet(one, other) == _meet(other, one) == bool(set(one) & set(other))
