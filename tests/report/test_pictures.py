@@ -101,7 +101,7 @@ def test_names_are_not_read_as_mathematics(tmp_path):
     samples.importance(text=lambda s: s + "$x_").save(tmp_path / "y.png")
 
 
-@pytest.mark.parametrize("sly", ["\x00", "\x0b", "\x1b[2J", "\x9b", "\ud83d", "\ufffe", "\u202e"])
+@pytest.mark.parametrize("sly", ["\x00", "\x0b", "\x1b[2J", "\x9b", "\ud83d", "\ufffe", "\u202e", "\r", "\t"])
 def test_a_picture_holds_no_control_character_and_opens(sly, tmp_path):
     for result in (samples.flow(text=lambda text: sly + text), samples.pair(lambda text: sly + text, 5)):
         text = result.save(tmp_path / "x.svg").read_text(encoding="utf-8")

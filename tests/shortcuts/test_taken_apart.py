@@ -37,6 +37,10 @@ class Net(nn.Module):
         return self.function(self, x)
 
 
+def dotted(n, x):
+    return torch.einsum("...d,od->...o", x, n.two.weight).chunk(2, -1)
+
+
 def halves(n, x):
     return n.two(x).chunk(2, -1)
 
@@ -148,6 +152,12 @@ PARTS = {
         ["projection"],
         TOKENS,
         lambda n, x: n.branch((n.steps @ x)[:, :5]),
+    ),
+    "features named after dots": (
+        lambda n, x: (lambda a, b: b + n.branch(a))(*dotted(n, x)),
+        ["projection"],
+        TOKENS,
+        lambda n, x: n.branch(dotted(n, x)[0]),
     ),
     "halves of the batch": (lambda n, x: (lambda h: h[:2] + n.branch(h[2:]))(n.c(x)), [], TOKENS, None),
     "halves of the image": (lambda n, x: (lambda a, b: b + n.convs(a))(*n.conv(x).chunk(2, 2)), [], IMAGE, None),

@@ -407,7 +407,7 @@ def find_kind(kind: Any, operation: str) -> Kind | None:
     """
     if isinstance(kind, str | nn.Module) or not callable(kind):
         require_option(operation, "kind", kind, registry(), "a module class")
-        return registry()[kind]
+        return registry()[str(kind)]
     if kind is HyperConnected:
         return registry()["hyper"]
     return next((known for known in _KINDS if known.module is kind), None)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope._printable import printable_lines
 from skipscope._table import latex_text
 from skipscope.report._arcs import thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
@@ -309,4 +310,4 @@ def plain(text: str) -> str:
 
     if matplotlib.rcParams["text.usetex"]:
         return latex_text(text)
-    return clean(text).replace("$", r"\$")
+    return printable_lines(clean(text)).replace("$", r"\$")
