@@ -362,6 +362,14 @@ def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder, how)
     assert "resnet20" in json.loads(skipscope(folder, "find", "--list", "--json").stdout)
 
 
+def test_json_alone_needs_no_folder_that_can_be_written(tmp_path):
+    (tmp_path / "skipscope-out").write_text("a file where the folder would be")
+    done = skipscope(tmp_path, "find", "resnet20", "--json")
+    assert len(json.loads(done.stdout)["entries"]) == 9 and list(tmp_path.iterdir()) == [
+        tmp_path / "skipscope-out"
+    ]
+
+
 ENDS = {
     "sys.exit in forward": (
         "def make():\n    m = Block()\n    m.forward = lambda x: sys.exit(0)\n    return m\n",
