@@ -19,7 +19,7 @@ from skipscope._printable import printable
 
 # Below this width words and numbers would be split, so a narrower terminal wraps whole lines instead.
 _NARROWEST = 60
-# A spreadsheet reads a cell that begins with one of these characters as a formula; some read the wide forms so.
+# A spreadsheet reads a cell that begins with one of these characters as a formula, also in their wide forms.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 

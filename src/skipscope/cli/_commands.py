@@ -33,7 +33,8 @@ gc.freeze()
 
 DEFAULT_FOLDER = Path("skipscope-out")
 _ALWAYS_WRITE = {"landscape", "play"}  # others with --json alone write nothing
-_made: list[Path] = []  # folders that this command made, the innermost first
+# Folders created by this command, innermost first.
+_created_folders: list[Path] = []
 
 
 def compare(

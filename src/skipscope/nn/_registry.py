@@ -394,10 +394,10 @@ def registry() -> dict[str, Kind]:
 
 
 def find_kind(kind: Any, operation: str) -> Kind | None:
-    """The kind of that name or that class; None for a class of the user's own.
+    """Look up a kind by its name or its class. None for a user-defined class.
 
     Raises:
-        SkipscopeError: a name that no kind has, or what makes no module.
+        SkipscopeError: an unknown name, or what makes no module.
 
     Example:
         >>> find_kind("rezero", "my_function").name
