@@ -5,7 +5,7 @@ and says which lines it executes; then each mutant is tried against the tests th
 in a fork of a process that has imported torch already. A mutant is killed when a test fails, takes much longer than it
 did, or the process ends; those that survive are printed as diffs, to be looked at one by one.
 
-    python .ci/mutate.py --count 300 --seed 0 --work FOLDER [--only src/skipscope/flow]
+    python .ci/mutate.py --count 300 --seed 0 --work FOLDER [--only src/skipscope/flow] [--rooms flow nn]
 
 The folder keeps the copy, the map and what came of each mutant: the same command again resumes.
 """
@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
+    parser.add_argument(
+        "--rooms", nargs="+", choices=CORE, default=CORE, help="of the mutants drawn, those of these folders"
+    )
     parser.add_argument("--budget", type=float, default=45.0, help="seconds of tests for a mutant")
     parser.add_argument(
         "--work",
@@ -141,7 +144,7 @@ def main() -> None:
     report = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {one["mutant"] for one in report}
     rooms: list[Executed] = []
-    for room in CORE:
+    for room in given.rooms:
         rooms.append(
             Executed(**_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
         )
@@ -206,7 +209,8 @@ def _kept(path: Path, make: Callable[[], Any]) -> Any:
 def _drawn(work: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     every = _kept(work / "mutants.json", lambda: _forked(lambda: _mutants(work), 3600))
     every = [mutant for mutant in every if mutant["file"].startswith(given.only)]
-    return random.Random(given.seed).sample(every, min(given.count, len(every)))
+    drawn = random.Random(given.seed).sample(every, min(given.count, len(every)))
+    return [mutant for mutant in drawn if Path(mutant["file"]).parts[2] in given.rooms]
 
 
 def _mutants(work: Path) -> list[dict[str, Any]]:
@@ -322,7 +326,9 @@ def _end_with_parent() -> None:
 def _pytest(arguments: Iterable[str], plugin: object) -> None:
     import pytest
 
-    pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *arguments], plugins=[plugin])
+    # A module whose name ends in _test would be read by pytest's own loader, which notes no line.
+    own = ["-o", "python_files=test_*.py"]
+    pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *own, *arguments], plugins=[plugin])
 
 
 def _first_failure(tests: list[str], seconds: dict[str, float]) -> str:

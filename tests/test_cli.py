@@ -344,18 +344,30 @@ LOUD = {
     "a library in C": "os.write(1, b'hello')",
     "the interpreter's own": "sys.__stdout__.write('hello')",
     "as the process ends": "atexit.register(print, 'hello')",
+    "a thread, until the process ends": (
+        "threading.Thread(target=lambda: [print('hello', flush=True) for _ in range(10**9)], daemon=True).start()"
+    ),
+    "then closes what it printed to": "print('hello', flush=True); sys.stdout.close()",
 }
 
 
 @pytest.mark.parametrize("how", LOUD)
 def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder, how):
     (folder / "loud.py").write_text(
-        f"import atexit, os, sys\nfrom mine import *\ndef loud():\n    {LOUD[how]}\n    return make()\n"
+        f"import atexit, os, sys, threading\nfrom mine import *\ndef loud():\n    {LOUD[how]}\n    return make()\n"
     )
     done = skipscope(folder, "find", "loud:loud", "--input", "4x8", "--json")
     assert len(json.loads(done.stdout)["entries"]) == 2
     assert "hello" in done.stderr
     assert "resnet20" in json.loads(skipscope(folder, "find", "--list", "--json").stdout)
+
+
+def test_json_alone_needs_no_folder_that_can_be_written(tmp_path):
+    (tmp_path / "skipscope-out").write_text("a file where the folder would be")
+    done = skipscope(tmp_path, "find", "resnet20", "--json")
+    assert len(json.loads(done.stdout)["entries"]) == 9 and list(tmp_path.iterdir()) == [
+        tmp_path / "skipscope-out"
+    ]
 
 
 ENDS = {

@@ -2,16 +2,22 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import skipscope as ss
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = [
     m.name for m in pkgutil.walk_packages(ss.__path__, "skipscope.") if not m.name.endswith("__main__")
 ]
@@ -107,3 +113,17 @@ def test_every_benchmark_that_make_bench_runs_has_figures():
     assert {"find", "landscape", "small_grids", "curvature_memory", "waiting"} <= set(runnable())
     for name in runnable():
         assert callable(importlib.import_module(f"benchmarks.{name}").figures)
+
+
+def test_the_audit_looks_up_every_package_that_an_install_brings():
+    lines = (ROOT / "requirements-audit.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+    brought, waiting = set(), [re.split(r"[^\w.-]", line)[0] for line in PROJECT["dependencies"]]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in brought or name.startswith(("nvidia-", "cuda-", "triton")):  # of torch for GPUs alone
+            continue
+        brought.add(name)
+        needs = [Requirement(line) for line in importlib.metadata.requires(name) or ()]
+        waiting += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert {"torch", "numpy", "cyclopts"} <= brought <= pinned

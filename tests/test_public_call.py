@@ -21,6 +21,7 @@ from torch import nn
 import skipscope as ss
 from skipscope import _public_call, _untouched
 from skipscope._public_call import public_call, turn
+from skipscope._torch_private import without_modes
 from trust._model import CALLS
 from trust._model import batch as _data
 from trust._model import network as _net
@@ -190,6 +191,24 @@ def test_a_gradient_mode_that_was_left_off_is_put_back():
         careless()
     assert torch.is_grad_enabled() and torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_get_torch_function_state"), reason="this torch cannot say it")
+def test_function_modes_see_calls_again_after_an_interrupt():
+    """Where a debugger traces, Ctrl-C may come after a block of torch's own and before it is left."""
+
+    @public_call("measure")
+    def stopped() -> None:
+        without_modes().__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert torch._C._is_torch_function_enabled() and len(ss.find_shortcuts(_net(), _data()[0])) == 4
+    with without_modes():  # the caller's own stays
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        assert not torch._C._is_torch_function_enabled()
 
 
 def test_a_handler_of_the_users_own_gets_the_signal_and_stays():

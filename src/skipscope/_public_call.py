@@ -18,6 +18,7 @@ import torch
 
 from skipscope._errors import SkipscopeError
 from skipscope._random import generator_states, set_generator_states
+from skipscope._torch_private import seen_by_modes, set_seen_by_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +65,7 @@ class _Entry:
             _interrupts.end(deliver=False)
             raise
         try:
-            self.gradients = torch.is_grad_enabled()
+            self.gradients, self.seen = torch.is_grad_enabled(), seen_by_modes()
             self.random = generator_states() if _interrupts.is_outermost() else None
         except BaseException:
             turn.release()
@@ -76,6 +77,7 @@ class _Entry:
             if error is not None:
                 # A context manager that was interrupted on entry may not have been exited.
                 torch.set_grad_enabled(self.gradients)
+                set_seen_by_modes(self.seen)
                 if self.random is not None:
                     set_generator_states(self.random)
             if isinstance(error, SkipscopeError):

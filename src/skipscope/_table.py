@@ -19,8 +19,8 @@ from skipscope._printable import printable
 
 # Below this width words and numbers would be split, so a narrower terminal wraps whole lines instead.
 _NARROWEST = 60
-# A spreadsheet reads a cell that begins with one of these characters as a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet reads a cell that begins with one of these characters as a formula, also in their wide forms.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +71,19 @@ class Table:
             rule = "\u2500" * (sum(sizes) + gap * (len(sizes) - 1) + 1)
             lines += ["", *head, f" {rule}", *body[0], ""]
         for note in self.notes:
-            for line in note.splitlines():
-                lines += textwrap.wrap(printable(line), width, break_on_hyphens=False) or [""]
+            lines += textwrap.wrap(printable(note), width, break_on_hyphens=False) or [""]
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
+        """The table in GitHub's Markdown; no name in it is markup, a link or a picture."""
         heads = ["---:" if self.numeric(i) else "---" for i in range(len(self.columns))]
         lines = [self.columns, heads, *self.rows]
-        rows = ["| " + " | ".join(_words(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]
-        notes = [printable(note) for note in self.notes]
-        return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
+        rows = [
+            "| " + " | ".join(_markdown(_words(cell)).replace("|", r"\|") for cell in line) + " |"
+            for line in lines
+        ]
+        notes = [_markdown(printable(note)) for note in self.notes]
+        return "\n\n".join([f"**{_markdown(printable(self.title))}**", "\n".join(rows), *notes]) + "\n"
 
     def csv(self) -> str:
         """Rows as comma-separated values: numbers in full, text escaped against spreadsheet formulas."""
@@ -98,7 +100,7 @@ class Table:
         sides = "".join(
             "r" if any(row[k].startswith("$") for row in rows) else "l" for k in range(len(self.columns))
         )
-        heads = [_latex_text(head) for head in self.columns]
+        heads = [latex_text(head) for head in self.columns]
         return "\n".join([
             *(f"% {printable(line)}" for line in (self.title, *self.notes)),
             rf"\begin{{tabular}}{{{sides}}}", r"\hline", " & ".join(heads) + r" \\", r"\hline",
@@ -112,7 +114,7 @@ class Table:
         columns = {}
         for i, name in enumerate(self.columns):
             cells = [row[i] for row in self.rows]
-            columns[name.replace("/", "|")] = (
+            columns[printable(name).replace("/", "|")] = (
                 np.array([np.nan if cell is None else cell for cell in cells], dtype=float)
                 if self.numeric(i)
                 else np.array([_words(cell) for cell in cells], dtype=str)
@@ -138,6 +140,10 @@ def plain_text(text: str) -> str:
     """Text for a cell of a CSV file: printable, and never read as a formula."""
     text = printable(text)
     return "'" + text if text.startswith(_FORMULA) else text
+
+
+def _markdown(text: str) -> str:
+    return text.replace("<", "&lt;").replace("](", r"]\(")
 
 
 def _cell_width(text: str) -> int:
@@ -186,7 +192,7 @@ def _latex_cell(cell: Any) -> str:
     text = _words(cell)
     found = _MATHS.fullmatch(text)
     if found is None:
-        return _latex_text(text)
+        return latex_text(text)
     bound, value, error, percent = found.groups()
     bounded = (r"\geq " if bound else "") + _latex_number(value)
     return (
@@ -204,7 +210,8 @@ def _latex_number(text: str) -> str:
     return mantissa.replace(",", "{,}") + (rf" \times 10^{{{int(power)}}}" if power else "")
 
 
-def _latex_text(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Text that LaTeX prints as it is."""
     special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
     special |= {"|": r"$|$", "<": "$<$", ">": "$>$"}
     return "".join(special.get(c, c) for c in printable(text))

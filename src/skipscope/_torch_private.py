@@ -73,6 +73,18 @@ def without_modes() -> AbstractContextManager[Any]:
     return named("_C.DisableTorchFunction")()
 
 
+def seen_by_modes() -> Any:
+    """Whether function modes and tensor subclasses see calls now, for :func:`set_seen_by_modes`."""
+    read = getattr(torch._C, "_get_torch_function_state", None)  # older versions of torch have none
+    return None if read is None else read()
+
+
+def set_seen_by_modes(state: Any) -> None:
+    """Put back what :func:`seen_by_modes` gave."""
+    if state is not None:
+        named("_C._set_torch_function_state")(state)
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor is a wrapper of ``torch.vmap`` or ``torch.func``."""
     return named("_C._functorch.is_functorch_wrapped_tensor")(tensor)

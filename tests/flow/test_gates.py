@@ -10,6 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 import skipscope as ss
 from flow import oracles
+from skipscope.shortcuts.taps._gate_sides import Call, GateSides
+
+
+def in_items(x):
+    """The same, written into two halves of a new tensor."""
+    out = torch.empty_like(x)
+    out[:, :2], out[:, 2:] = x[:, :2], x[:, 2:]
+    return out
+
 
 WAYS = {
     "coupled": lambda x, H, t: t * H + (1 - t) * x,
@@ -21,6 +30,8 @@ WAYS = {
     "difference in functions": lambda x, H, t: torch.add(x, torch.mul(t, torch.sub(H, x))),
     "difference in place": lambda x, H, t: (H - x).mul_(t).add_(x),
     "difference viewed": lambda x, H, t: x + (t * (H - x).view(-1, 2, 3).permute(1, 0, 2).permute(1, 0, 2).reshape_as(x)),
+    "difference in a buffer": lambda x, H, t: x + t * torch.empty_like(x).copy_(H - x),
+    "difference in items": lambda x, H, t: x + t * in_items(H - x),
     "minus": lambda x, H, t: x - t * (x - H),
     "the negative": lambda x, H, t: x + (-t) * (x - H),
     "minus the negative": lambda x, H, t: x + -(t * (x - H)),
@@ -302,3 +313,16 @@ def test_the_edits_are_those_of_the_table(way):
             assert torch.equal(twin(x), model(x))
         grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (twin(x), y)]
         torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_a_call_in_place_gives_each_side_its_own_and_leaves_its_operand(weight):
+    draw = torch.Generator().manual_seed(0)
+    x, made, *sides = (torch.randn(3, 4, generator=draw) for _ in range(4))
+    gate = GateSides({"shortcut": (), "branch": ()})
+    gate.follow(made, dict(zip(("shortcut", "branch"), sides, strict=True)))
+    before = x.clone()
+    given = gate.on_each_side(Call(None, torch.Tensor.lerp_, (x, made, weight), {}))
+    assert torch.equal(x, before)
+    for name, side in zip(("shortcut", "branch"), sides, strict=True):
+        torch.testing.assert_close(given[name], 0.75 * before + 0.25 * side)

@@ -466,6 +466,23 @@ def test_an_objective_that_differentiates_inside():
     assert advice.before.reached is not None and advice.remedies and not advice.refused
 
 
+@pytest.mark.parametrize("kind", [ValueError, AssertionError])
+def test_own_code_that_fails_without_a_word_in_a_copy_is_a_remedy_that_was_not_tried(kind):
+    left = [24]  # the next pass is one of those that train a copy
+
+    class Tires(nn.Sequential):
+        def forward(self, x):
+            left[0] -= 1
+            if left[0] < 0:
+                raise kind
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Tires(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+    advice = ss.prescribe(model, (torch.randn(6, 8), torch.arange(6) % 3), loss, steps=2)
+    assert left[0] < 0 and advice.refused and all(kind.__name__ in why for why in advice.refused)
+
+
 def test_an_embedding_with_sparse_gradients_is_trained_with_the_same_numbers():
     def advice(sparse):
         torch.manual_seed(0)

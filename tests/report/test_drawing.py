@@ -398,6 +398,14 @@ def test_five_hundred_layers_fit_a_screen_of_text_and_rows_of_arcs():
     assert len({r.get("y") for r in root.iter("rect")}) >= 6
 
 
+@pytest.mark.parametrize("sly", ["\r", "\n", "\t", "\x1b[2J", "\u2028", "\u200f", "\u061c"])
+def test_a_name_in_text_moves_no_cursor_and_begins_no_line(sly):
+    drawn = draw(samples.found(9, text=lambda name: sly + name), width=80)
+    assert sly == "\n" or sly not in drawn
+    assert len(drawn.splitlines()) == len(draw(samples.found(9), width=80).splitlines())
+    assert "\N{REPLACEMENT CHARACTER}" in drawn
+
+
 def test_ascii_is_ascii():
     assert draw(samples.found(9), ascii=True).isascii()
 

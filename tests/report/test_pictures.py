@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import matplotlib
 import numpy as np
 import pytest
@@ -97,6 +99,21 @@ def test_a_trajectory_becomes_an_animation(tmp_path):
 def test_names_are_not_read_as_mathematics(tmp_path):
     samples.flow(text=lambda s: s + r"$\frac{").save(tmp_path / "x.png")
     samples.importance(text=lambda s: s + "$x_").save(tmp_path / "y.png")
+
+
+@pytest.mark.parametrize("sly", ["\x00", "\x0b", "\x1b[2J", "\x9b", "\ud83d", "\ufffe", "\u202e", "\r", "\t"])
+def test_a_picture_holds_no_control_character_and_opens(sly, tmp_path):
+    for result in (samples.flow(text=lambda text: sly + text), samples.pair(lambda text: sly + text, 5)):
+        text = result.save(tmp_path / "x.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert sly not in text
+
+
+def test_names_are_no_commands_where_matplotlib_draws_by_latex():
+    with matplotlib.rc_context({"text.usetex": True}):
+        ax = samples.importance(text=lambda text: "\\input{x}_%" + text).plot(ax=plt.figure().add_subplot())
+        names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names and all(name.startswith(r"\textbackslash{}input\{x\}\_\%") for name in names)
 
 
 def test_what_cannot_be_drawn_is_refused_with_the_cure():

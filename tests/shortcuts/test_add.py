@@ -334,3 +334,12 @@ def test_networks_of_other_styles_get_the_shortcuts_that_a_person_would_write(st
     twin = add_shortcuts(model, x, span=span, report=None)
     torch.testing.assert_close(twin(x), by_hand(model, x))
     assert not torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("last", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Flatten()])
+def test_what_changes_the_shape_after_a_norm_stays_outside(last):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), last).eval()
+    x = torch.randn(2, 4, 6, 6)
+    twin = add_shortcuts(model, x, report=None)
+    torch.testing.assert_close(twin(x), last(x + model[1](model[0](x))))

@@ -484,3 +484,50 @@ def test_stock_models_train_compile_and_pickle_with_each_kind(index):
     assert torch.equal(rezero(x), expected)
     for kind in (ss.nn.LayerScale, lambda width, dim, depth: ss.nn.LayerScale(nn.Identity(), width, dim=dim)):
         assert five_steps(ss.rewire(model, found, kind=kind, inputs=x), x).isfinite()
+
+
+class WritesItsFork(Net):
+    """What it looks at is written over before a branch reads it."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.seen = x.detach().abs().mean()
+        x.mul_(2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class LooksAtItsFork(Net):
+    """Something else than a branch and its merge uses the fork's tensor."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.seen = x.detach().abs().mean()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_tensor_written_in_place_is_used_by_nobody_yet():
+    x = torch.randn(5, WIDTH)
+    model = WritesItsFork()
+    twin = ss.rewire(model, ss.find_shortcuts(model, x), kind="pre-norm")
+    y = model.stem(x) * 2
+    for block in model.blocks:
+        y = y + block.branch(F.layer_norm(y, (WIDTH,)))
+    torch.testing.assert_close(twin(x), model.head(y))
+    other = LooksAtItsFork()
+    twin = ss.rewire(other, ss.find_shortcuts(other, x), kind="pre-norm")
+    with pytest.raises(SkipscopeError, match="does not fit this merge"):
+        twin(x)
+
+
+@pytest.mark.parametrize(
+    "kind", [3, None, [], nn.Identity(), torch.ones(1)], ids=lambda kind: type(kind).__name__
+)
+def test_what_makes_no_connection_is_no_kind(kind):
+    x = torch.randn(5, WIDTH)
+    model = Net()
+    with pytest.raises(SkipscopeError, match="kind"):
+        ss.rewire(model, ss.find_shortcuts(model, x), kind=kind)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import skipscope as ss
+from skipscope.shortcuts.finding._parts import _meet
 
 
 class Net(nn.Module):
@@ -32,6 +35,10 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+def dotted(n, x):
+    return torch.einsum("...d,od->...o", x, n.two.weight).chunk(2, -1)
 
 
 def halves(n, x):
@@ -145,6 +152,12 @@ PARTS = {
         ["projection"],
         TOKENS,
         lambda n, x: n.branch((n.steps @ x)[:, :5]),
+    ),
+    "features named after dots": (
+        lambda n, x: (lambda a, b: b + n.branch(a))(*dotted(n, x)),
+        ["projection"],
+        TOKENS,
+        lambda n, x: n.branch(dotted(n, x)[0]),
     ),
     "halves of the batch": (lambda n, x: (lambda h: h[:2] + n.branch(h[2:]))(n.c(x)), [], TOKENS, None),
     "halves of the image": (lambda n, x: (lambda a, b: b + n.convs(a))(*n.conv(x).chunk(2, 2)), [], IMAGE, None),
@@ -294,3 +307,14 @@ def test_a_bias_for_all_tokens_is_no_stream(count):
 
     got, found, *_ = kinds_of(forward, (count, 5, 6))
     assert got == ["identity"] and found[0].fork != "weights"
+
+
+ranges = st.builds(
+    lambda start, count, step: range(start, start + count * step, step),
+    *map(st.integers, (0, 0, 1), (40, 64, 5)),
+)
+
+
+@given(ranges, ranges)
+def test_parts_meet_where_they_hold_the_same_place(one, other):
+    assert _meet(one, other) == _meet(other, one) == bool(set(one) & set(other))

@@ -479,3 +479,24 @@ def test_no_warning_where_the_edited_block_is_compiled(when):
         warnings.simplefilter("error")
         for _ in range(2):
             torch.testing.assert_close(twin(X), expected)
+
+
+class Switch(nn.Module):
+    """x + F(x), or F(x) + b with a weight b."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.bias, self.is_shifted = nn.Linear(6, 6), nn.Parameter(torch.randn(4, 6)), False
+
+    def forward(self, x):
+        if self.is_shifted:
+            return self.lin(x) + self.bias
+        return x + self.lin(x)
+
+
+def test_adding_a_weight_is_no_merge_in_which_a_shortcut_could_be():
+    twin: Any = ablate(Switch(), inputs=X)
+    twin.is_shifted = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(twin(X), twin.lin(X) + twin.bias)

@@ -335,3 +335,32 @@ def test_complex_activations():
     assert [s.kind for s in ss.find_shortcuts(model, torch.randn(4, 6, dtype=torch.complex64))] == [
         "identity"
     ]
+
+
+def gate(n, x):
+    return n.g(x).sigmoid()
+
+
+def branch(n, x):
+    return n.f(x).tanh()
+
+
+def turned(n, x):
+    less = -gate(n, x)
+    return x + less * x - less * branch(n, x)
+
+
+ONE_GATE = {
+    "H + c (x - H)": lambda n, x: (h := branch(n, x)) + gate(n, x) * (x - h),
+    "H - c (H - x)": lambda n, x: (h := branch(n, x)) - gate(n, x) * (h - x),
+    "c (x - H) + H": lambda n, x: gate(n, x) * (x - (h := branch(n, x))) + h,
+    "H + w (x - H)": lambda n, x: (h := branch(n, x)) + n.m * (x - h),
+    "x + n x - n H, n = -c used twice": turned,
+}
+
+
+@pytest.mark.parametrize("written", ONE_GATE)
+def test_one_gate_is_one_shortcut(written):
+    found = ss.find_shortcuts(Net(ONE_GATE[written]), torch.randn(4, 6))
+    assert [entry.kind for entry in found] == ["scaled" if " w " in written else "gated"]
+    assert "both" in found[0].sides

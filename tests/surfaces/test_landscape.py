@@ -11,7 +11,9 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
+from skipscope._data import Batches, Objective
 from skipscope.surfaces import Surface, random_direction
+from skipscope.surfaces.evaluation._permutation_test import own_loss
 
 
 class Residual(nn.Module):
@@ -162,6 +164,44 @@ def test_a_network_that_has_not_learnt_is_labelled():
     assert learnt.label == "" and learnt.scores.width > 0
 
 
+def _separable(sharpness, each=2):
+    """A linear classifier whose margin grows with ``sharpness``, and so many samples of each class."""
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(sharpness * torch.eye(4))
+    return model, (torch.eye(4).repeat(each, 1), torch.arange(4).repeat(each))
+
+
+@pytest.mark.parametrize(("sharpness", "has_learnt"), [(8.0, True), (0.0, False), (-8.0, False)])
+def test_the_targets_say_whether_a_network_has_learnt(sharpness, has_learnt):
+    model, (x, y) = _separable(sharpness)
+    loss = Objective("ce", lambda m, b: F.cross_entropy(m(b[0]), b[1]), lambda b: len(b[1]), from_output=lambda o, b: F.cross_entropy(o, b[1]))  # fmt: skip
+    exact = F.cross_entropy(model(x), y).item()
+    assert own_loss(model, Batches([(x, y)], single=True), loss) == (pytest.approx(exact), has_learnt)
+    nothing = own_loss(model, Batches([(x[:1], y[:1])], single=True), loss)
+    assert nothing == (pytest.approx(F.cross_entropy(model(x[:1]), y[:1]).item()), None)
+    in_pieces = Batches([(x[:6], y[:6]), (x[6:], y[6:])])
+    assert own_loss(model, in_pieces, loss)[0] == pytest.approx(exact)
+
+
+def test_a_batch_that_only_keeps_ranks_in_step_counts_for_nothing():
+    class InStep(Batches):
+        def turns(self):
+            yield from ((batch, True) for batch in self)
+            yield (x[:4], (y[:4] + 1) % 4), False
+
+    model, (x, y) = _separable(8.0)
+    loss = Objective("ce", lambda m, b: F.cross_entropy(m(b[0]), b[1]), lambda b: len(b[1]), from_output=lambda o, b: F.cross_entropy(o, b[1]))  # fmt: skip
+    pieces = [(x[:6], y[:6]), (x[6:], y[6:])]
+    assert own_loss(model, InStep(pieces), loss) == own_loss(model, Batches(pieces), loss)
+
+
+def test_a_narrow_span_is_not_taken_for_a_network_that_has_not_learnt():
+    model, batch = _separable(8.0, each=25)
+    narrow = ss.landscape(model, batch, F.cross_entropy, grid=5, span=1e-4, strategy="plain")
+    assert narrow.label == "flat over this span: widen it"
+
+
 def test_results_print_save_and_load(tmp_path):
     pair = ss.paired_landscapes({"a": Residual(), "b": Residual()}, _batch(), F.cross_entropy, grid=3)
     loaded = ss.load(pair.save(tmp_path / "pair.json"))
@@ -263,3 +303,42 @@ def test_own_directions_lead_elsewhere_for_a_twin_with_other_weights(call):
     call({"a": one, "same": copy.deepcopy(one)}, data, F.cross_entropy, **options)
     with pytest.raises(ss.SkipscopeError, match="other weights than the first"):
         call({"a": one, "b": other}, data, F.cross_entropy, **options)
+
+
+def _about_weights(twins):
+    """Whether the notes say that twins were moved alike, and which were moved apart."""
+    notes = ss.paired_landscapes(twins, _batch(), F.cross_entropy, grid=3, strategy="plain").notes
+    apart = [note.partition(":")[0] for note in notes if "other weights than" in note]
+    return any("identical directions" in note for note in notes), apart
+
+
+def test_the_notes_say_which_twins_were_moved_alike():
+    torch.manual_seed(0)
+    one, other = Residual(), Residual()
+    same = Residual(shortcut=False)
+    same.load_state_dict(one.state_dict())
+    assert _about_weights({"a": one}) == (False, [])
+    assert _about_weights({"a": one, "b": same}) == (True, [])
+    assert _about_weights({"a": one, "c": other}) == (False, ["c"])
+    assert _about_weights({"a": one, "b": same, "c": other}) == (True, ["c"])
+    assert _about_weights({"a": one, "c": other, "d": Residual()}) == (False, ["c, d"])
+
+
+def test_one_sample_has_no_standard_error():
+    x, y = _batch(1)
+    surface = ss.landscape(Residual(), (x, y), F.cross_entropy, grid=3, strategy="plain")
+    assert surface.stderr is None and surface.why_no_stderr and np.isfinite(surface.values).all()
+
+
+def test_a_centre_is_not_the_model_where_only_the_model_s_own_loss_is_no_number():
+    asked = []
+
+    @ss.objective
+    def loss(model, batch):
+        asked.append(1)
+        value = F.cross_entropy(model(batch[0]), batch[1])
+        return value if len(asked) == 1 else value * float("nan")
+
+    surface = ss.landscape(Residual(), _batch(), loss, grid=3, strategy="plain")
+    assert np.isnan(surface.checks.model_loss) and np.isfinite(surface.checks.centre_loss)
+    assert not surface.checks.centre_is_model

@@ -89,6 +89,17 @@ def test_a_straight_trajectory_that_is_no_plane_is_refused():
         solutions_plane(end)
 
 
+@pytest.mark.parametrize("aside", [0.0, 1e-12, 1e-10])
+def test_three_solutions_on_one_line_span_no_plane_also_where_rounding_moves_them(aside):
+    a, b = _model(0), _model(1)
+    c, draw = copy.deepcopy(a), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for w, v in zip(c.parameters(), b.parameters()):
+            w += 0.3 * (v - w) + aside * torch.randn(w.shape, generator=draw).double()
+    with pytest.raises(ss.SkipscopeError, match="do not span a plane"):
+        solutions_plane(a, b, c)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

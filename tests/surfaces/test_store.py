@@ -245,6 +245,16 @@ def test_a_lost_rank_costs_its_units_and_no_more(tmp_path, monkeypatch):
     assert np.array_equal(alone.values, _surface().values)
 
 
+def test_another_rank_than_the_first_takes_over_too(tmp_path, monkeypatch):
+    """Rank 0 of 2 never comes: rank 1 takes its units over, each once."""
+    monkeypatch.setattr(_grid_runner, "_PATIENCE_S", 0.2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    alone = _surface(tmp_path / "s")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert alone.computed.all() and np.array_equal(alone.values, _surface().values)
+
+
 @pytest.mark.parametrize("there", [[], [1], [1, 3], [0, 1, 2], [5]])
 def test_a_rank_that_begins_late_takes_its_own_share(monkeypatch, there):
     """Whatever others have finished when a rank looks, every unit is some rank's: nobody waits for one in vain."""

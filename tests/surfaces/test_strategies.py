@@ -445,3 +445,9 @@ def test_activations_called_as_functions_are_taken_in():
     with torch.no_grad():
         model.one.weight.mul_(2)
     assert not torch.allclose(recorded(model, (x, None)), expected), "weights move under the recording"
+
+
+def test_seconds_are_those_of_one_point(monkeypatch):
+    clock = iter([10.0, 16.0])
+    monkeypatch.setattr(_autotune.time, "perf_counter", lambda: next(clock))
+    assert _autotune._timed(lambda points: "reading", [(0.0,)] * 4) == (1.5, "reading")

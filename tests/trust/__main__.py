@@ -106,7 +106,8 @@ def _table(rows: list[Row]) -> Table:
     cells = [[row.hazard, row.tried, row.count, row.skipped or len(row.failures)] for row in rows]
     tried, failed = sum(row.count for row in rows), sum(len(row.failures) for row in rows)
     notes = [
-        f"{tried} tries, {failed} failed; {_today()}, torch {torch.__version__}, Python {platform.python_version()}."
+        f"{tried} tries, {failed} failed; {_today()}, torch {torch.__version__}, Python {platform.python_version()}.",
+        *(f"{row.hazard}: {row.said}." for row in rows if row.said),
     ]
     return Table("What was tried", ["hazard", "one try", "tried", "failed"], cells, notes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,10 @@ from unittest import mock
 
 # A generator may return what else there is to say.
 Tries = Callable[[int], Iterable[str | None]]
+
+
+class TimeIsUp(Exception):
+    """Thrown into the tries when no more are wanted: what there is to say may be returned."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Row:
         failures: what went wrong, one text a failed try.
         seconds: how long it took.
         skipped: why it was left out, or "".
-        said: what else there is to say once every try was made, or "".
+        said: what else there is to say, or "".
     """
 
     hazard: str
@@ -84,6 +88,13 @@ def run(hazard: Hazard, count: int, seconds: float = float("inf")) -> Row:
         row.count += 1
         if failure is not None:
             row.failures.append(failure[:300])
+    else:
+        if isinstance(tries, Generator):
+            with contextlib.suppress(TimeIsUp):
+                try:
+                    tries.throw(TimeIsUp)
+                except StopIteration as end:
+                    row.said = end.value or ""
     row.seconds = time.monotonic() - begun
     return row
 

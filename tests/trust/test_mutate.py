@@ -1,7 +1,9 @@
 """Which tests a mutant is tried against, and what counts as killed."""
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,3 +97,32 @@ def test_a_fork_returns_is_killed_in_time_or_is_said_to_have_ended():
     assert "not done" in mutate._forked(lambda: time.sleep(60), 0.3)
     assert time.monotonic() - begun < 20
     assert mutate._forked(lambda: os._exit(3), 20) == "the process ended"
+
+
+MAPPED = """\
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("mutate", sys.argv[1])
+mutate = sys.modules["mutate"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mutate)
+sys.path.insert(0, "src")
+print("MAP " + json.dumps(mutate._map("room")["lines"]))
+"""
+
+
+def test_a_module_whose_name_ends_as_a_test_s_does_is_in_the_map(tmp_path):
+    files = {
+        "src/skipscope/__init__.py": "",
+        "src/skipscope/cli/__init__.py": "",
+        "src/skipscope/cli/_commands.py": "",
+        "src/skipscope/_one_test.py": "def one():\n    return 1\n",
+        "tests/room/test_one.py": "from skipscope._one_test import one\ndef test_one():\n    assert one() == 1\n",
+        "pyproject.toml": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-c", MAPPED, str(Path(mutate.__file__))]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "PYTEST"))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = json.loads(done.stdout.partition("MAP ")[2])
+    assert lines["src/skipscope/_one_test.py"] == {"1": "0x1", "2": "0x1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trust import HAZARDS, run
+from trust._hazard import Hazard, TimeIsUp
 
 NAMES = [hazard.name for hazard in HAZARDS]
 # Each try of these starts a process.
@@ -20,6 +22,7 @@ SEEN = 7
 SEEN_APART = """
 import sys
 from trust import HAZARDS, run
+from trust._hazard import Hazard, TimeIsUp
 
 hazard = next(h for h in HAZARDS if h.name == {name!r})
 with hazard.fault():
@@ -58,3 +61,20 @@ def test_a_planted_fault_turns_it_red(hazard):
 
 def test_each_hazard_has_a_row_of_its_own():
     assert len(set(NAMES)) == len(NAMES) and all(hazard.full >= hazard.few > 0 for hazard in HAZARDS)
+
+
+def test_what_there_is_to_say_is_said_also_where_the_time_is_up():
+    def tries(count):
+        done = 0
+        with contextlib.suppress(TimeIsUp):
+            for _ in range(count):
+                done += 1
+                yield None
+        return f"{done} of {count}"
+
+    hazard = Hazard("x", "y", tries, contextlib.nullcontext, 5, 1)
+    row = run(hazard, 5, seconds=0)
+    assert (row.count, row.said) == (0, "")
+    row = run(hazard, 10**9, seconds=0.01)
+    assert 0 < row.count < 10**9 and row.said == f"{row.count} of {10**9}" and not row.failures
+    assert run(hazard, 5).said == "5 of 5"

@@ -5,7 +5,6 @@ Nothing here imports torch before a command runs, so that --help is immediate.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import importlib
@@ -13,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -252,10 +251,12 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
     # The user's own functions may change the working folder.
     if output.save is not None:
         output = replace(output, save=output.save.absolute())
-    with _prints_on_stderr() if output.json else contextlib.nullcontext():
+    with _prints_on_stderr() if output.json else contextlib.nullcontext(print) as answer:
         commands = importlib.import_module("skipscope.cli._commands")
         try:
             data = getattr(commands, command)(*arguments, output=output, **options)
+            if data is not None:
+                answer(json.dumps(data, indent=1, allow_nan=False))
         except SystemExit as error:
             raise SkipscopeError(
                 command,
@@ -265,34 +266,42 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
             ) from error
         finally:
             commands.remove_empty_folders()
-    if data is not None:
-        json.dump(data, sys.stdout, indent=1, allow_nan=False)
-        print(flush=True)
 
 
 @contextlib.contextmanager
-def _prints_on_stderr() -> Iterator[None]:
-    """Redirect standard output to standard error inside, for Python, C libraries and child processes.
+def _prints_on_stderr() -> Iterator[Callable[[str], None]]:
+    """Send to standard error what is printed inside: by Python, by libraries in C and by child processes.
 
-    Output of the user's own code at the end of the process goes there too.
+    What threads and the user's own code print later, until the process has ended, goes there too.
+
+    Yields:
+        What prints a text on standard output.
     """
-    # The parent process may have closed the streams.
-    if sys.__stdout__ is None or sys.__stderr__ is None:
+    stream = sys.stdout
+    if sys.__stdout__ is None or sys.__stderr__ is None:  # closed by who called
         with contextlib.redirect_stdout(sys.stderr):
-            yield
+            yield lambda text: print(text, file=stream, flush=True)
         return
     sys.__stdout__.flush()
-    kept = os.dup(1)
+    kept, is_command = os.dup(1), stream is sys.__stdout__
     os.dup2(2, 1)
+
+    def answer(text: str) -> None:
+        if not is_command:  # a program that calls main() has its own
+            print(text, file=stream, flush=True)
+            return
+        with open(kept, "w", encoding="utf-8", closefd=False) as own:  # as JSON is, whatever the terminal
+            print(text, file=own)
+
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield
+            yield answer
     finally:
         with contextlib.suppress(OSError):
             sys.__stdout__.flush()
-        os.dup2(kept, 1)
+        if not is_command:
+            os.dup2(kept, 1)
         os.close(kept)
-        atexit.register(os.dup2, 2, 1)
 
 
 def main() -> None:
@@ -334,8 +343,8 @@ def main() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error; errors of the stream are ignored."""
-    with contextlib.suppress(OSError):
+    """Print on standard error; what it cannot take is lost, and nothing else."""
+    with contextlib.suppress(OSError, ValueError):  # full, or closed by the user's own code
         print(printable_lines(text), file=sys.stderr, flush=True)
 
 

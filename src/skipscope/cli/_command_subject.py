@@ -27,6 +27,7 @@ from skipscope._data import (
 from skipscope._errors import SkipscopeError
 from skipscope._files import refuse_devices
 from skipscope._free_memory import free_bytes
+from skipscope._model_calls import error_text
 from skipscope._untouched import random_state_kept, untouched
 from skipscope.cli._named import called, factory, named_model, resolve
 
@@ -96,7 +97,7 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
     except (RuntimeError, AssertionError) as error:
         raise SkipscopeError(
             "device",
-            f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
+            f"the model cannot be moved to {device} ({error_text(error)})",
             expected="cpu, cuda, cuda:1, mps, ...",
             got=device,
         ) from error

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 gc.freeze()
 
 DEFAULT_FOLDER = Path("skipscope-out")
+_ALWAYS_WRITE = {"landscape", "play"}  # others with --json alone write nothing
 # Folders created by this command, innermost first.
 _created_folders: list[Path] = []
 
@@ -204,6 +205,8 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
     """Create the output folder before the work begins, so that an unwritable path fails early."""
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
+    if output.json and output.out is None and command not in _ALWAYS_WRITE:
+        return folder.absolute()
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

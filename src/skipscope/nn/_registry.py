@@ -393,11 +393,11 @@ def registry() -> dict[str, Kind]:
     return {kind.name: kind for kind in _KINDS}
 
 
-def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
+def find_kind(kind: Any, operation: str) -> Kind | None:
     """Look up a kind by its name or its class. None for a user-defined class.
 
     Raises:
-        SkipscopeError: an unknown name.
+        SkipscopeError: an unknown name, or what makes no module.
 
     Example:
         >>> find_kind("rezero", "my_function").name
@@ -405,9 +405,9 @@ def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
         >>> find_kind(nn.Linear, "my_function") is None
         True
     """
-    if isinstance(kind, str):
+    if isinstance(kind, str | nn.Module) or not callable(kind):
         require_option(operation, "kind", kind, registry(), "a module class")
-        return registry()[kind]
+        return registry()[str(kind)]
     if kind is HyperConnected:
         return registry()["hyper"]
     return next((known for known in _KINDS if known.module is kind), None)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
+from skipscope._printable import printable
 from skipscope.report._charts import Arc, Network
-from skipscope.report._markup import clean, ellipsis
+from skipscope.report._markup import ellipsis
 
 _LINES = {
     "start": "╭",
@@ -86,7 +87,7 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
     lines = _lines_between(context, 0)
     for first, last, repeats in _runs(chart):
         for i in range(first, last):
-            lines.append(_line(context, _passing(context, i), "layer", clean(chart.layers[i])))
+            lines.append(_line(context, _passing(context, i), "layer", printable(chart.layers[i])))
             lines += _lines_between(context, i + 1)
         if repeats:
             going_on = {rail for arc, rail in zip(chart.arcs, rails) if arc.start == last}
@@ -168,7 +169,7 @@ def _event(context: _Context, place: int, ends, starts, waiting, sign: str, word
 
 def _words(arc: Arc) -> str:
     share = f", {100 * arc.share:.0f} % of the gradient" if arc.share is not None else ""
-    return f"{clean(arc.name)}  {arc.kind}{share}"
+    return f"{printable(arc.name)}  {arc.kind}{share}"
 
 
 # --- folding ---
@@ -221,7 +222,7 @@ def _to_whole_blocks(
 
 def _home(chart: Network, pieces: Sequence[tuple[int, int]]) -> str:
     """Common module path of the layers of some pieces."""
-    levels = zip(*(clean(name).split(".") for name in chart.layers[pieces[0][0] : pieces[-1][1]]))
+    levels = zip(*(printable(name).split(".") for name in chart.layers[pieces[0][0] : pieces[-1][1]]))
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
@@ -251,6 +252,6 @@ def _repeated(chart: Network, first: int, last: int, repeats: int, blocks: Seque
     a, b = (
         blocks
         if "" not in blocks and len(set(blocks)) == 2
-        else (clean(chart.layers[i]) for i in (first, last - 1))
+        else (printable(chart.layers[i]) for i in (first, last - 1))
     )
     return f"{repeats} more like this, {a} to {b}{carried}"

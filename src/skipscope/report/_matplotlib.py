@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope._printable import printable_lines
+from skipscope._table import latex_text
 from skipscope.report._arcs import thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
 from skipscope.report._figure_style import current
+from skipscope.report._markup import clean
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
 from skipscope.report._svg import spread
 from skipscope.shortcuts import KINDS
@@ -302,5 +305,9 @@ def foot(ax: Any, sentence: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape text that matplotlib would read as mathematics."""
-    return str(text).replace("$", r"\$")
+    """Text that matplotlib reads neither as mathematics nor, where it draws by LaTeX, as commands."""
+    import matplotlib
+
+    if matplotlib.rcParams["text.usetex"]:
+        return latex_text(text)
+    return printable_lines(clean(text)).replace("$", r"\$")

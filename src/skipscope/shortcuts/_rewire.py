@@ -81,7 +81,7 @@ def rewire(
     """
     require_module(model, "rewire")
     model = unwrapped(model)
-    known = connections.find_kind(kind, "rewire") if isinstance(kind, str | type) else None
+    known = connections.find_kind(kind, "rewire")
     chosen, every = choose_shortcuts(model, found, inputs, "rewire")
     refuse_another_architecture(model, chosen if every is None else every, "rewire")
     for shortcut in chosen:

@@ -11,6 +11,7 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import error_text
 from skipscope._numbers import short
 from skipscope._option_words import VerdictCause
 from skipscope._progress import track
@@ -119,8 +120,8 @@ def prescribe(
     for one in track(listed, "remedies"):
         try:
             tried.append(tools.attempt(one))
-        except (SkipscopeError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
+        except Exception as error:  # whatever the user's own code says to a changed copy
+            problem = error.problem if isinstance(error, SkipscopeError) else error_text(error)
             refused.append(f"Not tried: {one.name}: {problem}.")
     tried.sort(key=_rank)
     advice, named = _advice(before, tried)

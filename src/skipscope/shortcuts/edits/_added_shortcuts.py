@@ -72,7 +72,7 @@ def add_shortcuts(
         raise SkipscopeError(
             "add_shortcuts", "a shortcut skips at least one layer", expected="span >= 1", got=span
         )
-    known = connections.find_kind(kind, "add_shortcuts") if isinstance(kind, str | type) else None
+    known = connections.find_kind(kind, "add_shortcuts")
     maker = _ShortcutMaker(kind, known, arguments)
     chosen = (
         partial(fnmatch.fnmatchcase, pat=where) if isinstance(where, str) else where or (lambda path: True)

@@ -79,12 +79,13 @@ class GateSides:
         """
         operation, args, name = call.operation, call.args, getattr(call.func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
-        if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
-            args = (args[0].clone(), *args[1:])  # the call will overwrite it
+        overwrites = in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made
         is_random = "dropout" in name or "bernoulli" in name
         results = {}
         for side, places in self.zeros.items():
             own_args, own_kwargs = map_tensors((args, call.kwargs), partial(self._on, side))
+            if overwrites:  # each side a tensor of its own
+                own_args = (own_args[0].clone(), *own_args[1:])
             empty = [place.operand for place in places if place.call == key]
             if empty and operation is not None:
                 values = _operations.operands(operation, own_args, own_kwargs)
@@ -115,6 +116,8 @@ def make_followed(gates: list[GateSides], call: Call, key: CallKey | None = None
     """Execute a call, and follow it in several gates."""
     sides = [gate.on_each_side(call, key) for gate in gates]
     output = call.make()
+    # x[:2] = y gives nothing: what it made is x.
+    written = call.args[0] if output is None and call.operation is not None else output
     for gate, on_each_side in zip(gates, sides, strict=True):
-        gate.follow(output, on_each_side)
+        gate.follow(written, on_each_side)
     return output
