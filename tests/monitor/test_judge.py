@@ -185,6 +185,32 @@ def test_the_state_does_not_flicker_at_the_threshold():
     assert judge_flow(places, flow(-6.0), 1, "healthy").state == "exploding"
 
 
+@pytest.mark.parametrize(("decades", "normed", "state"), [
+    (3.0, False, "exploding"), (3.0, True, "healthy"), (5.0, True, "exploding"), (-3.0, True, "vanishing"),
+])  # fmt: skip
+def test_norms_between_the_weights_let_gradients_grow(decades, normed, state):
+    """The gradient's norm grows through batch norm at the start, and such networks train (a ResNet-110)."""
+    shapes = [(4, 4)] * 12
+    rms = np.array([10.0 ** np.linspace(decades, 0, 12)] * 8)
+    fine = np.full(rms.shape, float(STATES.index("ok")))
+    names = [f"w{i}" for i in range(12)]
+    assert judge_gradients(names, shapes, rms, fine, 8, "unknown", normed=normed).state == state
+
+
+def test_a_stock_resnet_is_healthy_without_the_flow():
+    torch.manual_seed(0)
+    model, (inputs, target) = ss.reference.resnet110(), ss.reference.digits(16)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with ss.watch(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), target).backward()
+            optimizer.step()
+            assert monitor.verdict.state in {"unknown", "healthy"}
+    assert monitor.verdict.fall_decades < -2.5
+    assert "norm" in monitor.history.roles
+
+
 def test_each_shape_has_its_own_level():
     """Embedding, head and two kinds of block weights at very different levels, none of which changes with depth."""
     shapes = [(100, 4), *[(4, 4), (16, 4)] * 8, (7, 4)]

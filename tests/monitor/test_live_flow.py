@@ -407,3 +407,36 @@ def test_why_the_flow_cannot_be_read_is_said_in_a_line(monkeypatch, error, reaso
     assert len(notes) == 1 and notes[0].rstrip(".").endswith(
         f"the flow at boundaries cannot be read: {reason}"
     ), notes
+
+
+class Modulated(nn.Module):
+    """DiT in small: x + gate(c) * F(x), gates that start at 0, and a condition c of the input itself."""
+
+    def __init__(self, width=16, blocks=4):
+        super().__init__()
+        self.condition, self.stem, self.head = (nn.Linear(width, width) for _ in range(3))
+        self.branches = nn.ModuleList([nn.Linear(width, width) for _ in range(blocks)])
+        self.gates = nn.ModuleList([nn.Linear(width, width) for _ in range(blocks)])
+        for gate in self.gates:
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+
+    def forward(self, x):
+        c, x = self.condition(x), self.stem(x)
+        for branch, gate in zip(self.branches, self.gates):
+            x = x + gate(c) * torch.tanh(branch(x))
+        return self.head(x)
+
+
+def test_a_condition_beside_the_line_whose_gates_have_just_left_0_is_no_vanishing_gradient():
+    torch.manual_seed(0)
+    model, batch = Modulated(), (torch.randn(32, 16), torch.randint(0, 10, (32,)))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        for _ in range(5):
+            steps(model, optimizer, batch, F.cross_entropy, n=1)
+            assert monitor.verdict.state in {"healthy", "unknown"}
+    history = monitor.history
+    at = history.boundaries.index("condition")
+    assert history.flow_norm[-1, at] < 1e-3 * history.flow_norm[-1, -1] and history.lines[at] == 0
+    assert gradient_flow(model, batch, F.cross_entropy).verdict.state == "healthy"

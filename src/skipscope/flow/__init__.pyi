@@ -19,6 +19,7 @@ from skipscope.flow._gradient_flow import gradient_flow as gradient_flow
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._importance import importance_of as importance_of
 from skipscope.flow.advice._prescription import prescribe as prescribe
+from skipscope.flow.passes._gradient_sites import WEIGHTS_PER_NORM as WEIGHTS_PER_NORM
 from skipscope.flow.passes._gradient_sites import by_step as by_step
 from skipscope.flow.passes._zero_by_design import tiny_scales as tiny_scales
 from skipscope.flow.paths import path_spectrum as path_spectrum

@@ -205,6 +205,14 @@ class CallGraph:
                 waiting += [parent for parent in self.parents[call] if parent != without]
         return seen
 
+    def descendants(self, call: int) -> set[int]:
+        """Every call that depends on ``call``, including itself."""
+        found = {call}
+        for later in range(call + 1, len(self.parents)):
+            if not found.isdisjoint(self.parents[later]):
+                found.add(later)
+        return found
+
     def reached(self, without: int = -1) -> set[int]:
         """Every call that the loss depends on, by paths that do not pass ``without``."""
         return self.ancestors(self.results, without)
@@ -238,7 +246,7 @@ ACTIVATIONS = _words(
 _NORMS = _words("layer_norm batch_norm group_norm instance_norm rms_norm rsqrt normalize")
 # Most weights per norm in a network with norms between the weights: a transformer block has two norms and six
 # to eight weights.
-_WEIGHTS_A_NORM = 6
+WEIGHTS_PER_NORM = 6
 
 
 class SiteReader:
@@ -430,7 +438,7 @@ class SiteReader:
             and not (call.function == "batch_norm" and not call.argument(5, "training", True))
             for call in trace.calls
         )
-        return 0 < len(self.sites) <= _WEIGHTS_A_NORM * norms
+        return 0 < len(self.sites) <= WEIGHTS_PER_NORM * norms
 
     def is_squashed(self, trace: Trace, reached: set[int]) -> bool:
         """Whether an activation function follows the last weights."""

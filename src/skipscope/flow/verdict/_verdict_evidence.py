@@ -288,7 +288,7 @@ def _lines_of(
             if not bit or calls[k][1] & bit or (places[k].key.site == "input" and not calls[k][1])
         ]
         # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
-        on = _through(on, places, {k: order for k, (order, _) in calls.items()}, graph)
+        on = _through(on, places, calls, graph)
         start = min((s.order for s in trained if not bit or graph.inputs[s.order] & bit), default=0)
         line = [k for k in on if calls[k][0] >= start or places[k].key.site == "input"]
         if line and line not in found:
@@ -324,26 +324,34 @@ def _lines(
 
 
 def _through(
-    on: Sequence[int], places: Sequence[Any], orders: Mapping[int, int], graph: CallGraph
+    on: Sequence[int], places: Sequence[Any], calls: Mapping[int, tuple[int, int]], graph: CallGraph
 ) -> list[int]:
     """Leave out modules beside the line, around which an earlier boundary still reaches the loss.
 
     Args:
         on: indices of boundaries, in order.
         places: all boundaries.
-        orders: boundary -> index of the call that produced it.
+        calls: boundary -> index of the call that produced it (-1 for an input), and its inputs, as bits.
         graph: graph of the calls.
     """
     times = Counter((places[k].key.host, places[k].key.site) for k in on)
     found: list[int] = []
     for k in on:
-        place = places[k]
+        place, (order, _) = places[k], calls[k]
         if place.kind == "module" and times[place.key.host, place.key.site] == 1 and found:
-            around = graph.reached(without=orders[k])
-            if any(orders[i] in around for i in found[-2:]):
+            around = graph.reached(without=order)
+            if any(_is_around(graph, calls[i], order, around) for i in found[-2:]):
                 continue
         found.append(k)
     return found
+
+
+def _is_around(graph: CallGraph, place: tuple[int, int], order: int, around: set[int]) -> bool:
+    """Whether a boundary reaches the loss by calls ``around`` the call ``order``."""
+    call, inputs = place
+    if call >= 0:
+        return call in around
+    return any(graph.inputs[c] & inputs for c in around - graph.descendants(order))
 
 
 def _head(

@@ -139,7 +139,7 @@ class History(Result):
         notes: further remarks.
         complete: False if read from the folder of a run that has not been closed.
         roles: ``"table"`` for an embedding, ``"bias"`` for the bias of a linear layer or a convolution,
-            otherwise ``""``; ``[P]``.
+            ``"norm"`` for the weight of a norm layer, otherwise ``""``; ``[P]``.
         chains: model or optimizer whose loss the parameter belongs to; ``[P]``.
         kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` if unknown;
             ``[P]``.

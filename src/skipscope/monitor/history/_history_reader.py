@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import refuse_devices
 from skipscope._option_words import LiveState
 from skipscope._result import refuse_later_format
-from skipscope.flow import Reach, Starved, starved_of
+from skipscope.flow import WEIGHTS_PER_NORM, Reach, Starved, starved_of
 from skipscope.monitor.history import _live_verdict
 from skipscope.monitor.history._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor.history._live_verdict import Place
@@ -356,14 +357,18 @@ def _verdict_of_parameters(
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
-    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved, is_ordered)
+    is_normed = len(matrices) <= WEIGHTS_PER_NORM * sum(history.roles[i] == "norm" for i in part)
+    judged_by = partial(
+        _judged_by, is_early=is_early, starved=starved, is_ordered=is_ordered, normed=is_normed
+    )
+    of_weights = judged_by(history, weights, shapes, was, "weights")
     biases = [i for i in part if history.roles[i] == "bias"]
     if of_weights.state == "dead":
         return _dead_at(history, biases, was, is_early) or of_weights
     if of_weights.state in {"nonfinite", "unconnected"}:
         return of_weights
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved, is_ordered)
+    of_biases = judged_by(history, biases, alike, was, "biases")
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
@@ -386,6 +391,7 @@ def _judged_by(
     is_early: bool,
     starved: Starved,
     is_ordered: bool = False,
+    normed: bool = False,
 ) -> LiveVerdict:
     """Judge the last steps of some parameters; those with equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
@@ -412,6 +418,7 @@ def _judged_by(
         what,
         is_early=is_early,
         is_ordered=is_ordered,
+        normed=normed,
         starved=starved,
     )
 

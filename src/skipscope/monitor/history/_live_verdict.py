@@ -212,6 +212,7 @@ def judge_gradients(
     *,
     is_early: bool = False,
     is_ordered: bool = False,
+    normed: bool = False,
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
     """Judge the gradients of weights or biases.
@@ -226,6 +227,7 @@ def judge_gradients(
         what: ``"weights"``; or ``"biases"``, of which some must be comparable.
         is_early: whether to leave out weights without a gradient.
         is_ordered: whether the parameters are in the order of execution.
+        normed: whether there are norm layers between the weights, whose gradients grow without harm.
         starved: weights with a tiny gradient, if known.
     """
     state: list[RecordedState] = _lasting(states)
@@ -254,7 +256,7 @@ def judge_gradients(
     if what == "biases" and not alike and points[0].state != "exact_zero":
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
-    return _live(Evidence((tuple(points),), starved=starved), what, step, was, limit)
+    return _live(Evidence((tuple(points),), starved=starved), what, step, was, limit, normed)
 
 
 _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
@@ -273,9 +275,8 @@ def _live(
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
     if fall is not None and found.cause not in {"time", "head", "branch"}:
-        growth = NORMED_GROWTH if normed else max(GROWTH, _GROWTH_OF_NORM)
-        trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
-        limit = of_weights or limit
+        growth = NORMED_GROWTH if normed else of_weights or max(GROWTH, _GROWTH_OF_NORM)
+        trouble, limit = ("vanishing", of_weights or FALL) if fall >= 0 else ("exploding", growth)
         lasting = was == trouble and limit - _STICKY <= abs(fall) < limit
         change = (
             f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)}"

@@ -31,7 +31,7 @@ class TrackedParameters:
         tiny: smallest normal number of each dtype.
         order: index of each parameter among the model's parameters.
         roles: ``"table"`` for an embedding, ``"bias"`` for the bias of a linear layer or a convolution,
-            otherwise ``""``.
+            ``"norm"`` for the weight of a norm layer, otherwise ``""``.
         members: the parameters in the optimizer's own order.
         device: common device if all share device and dtype, otherwise None.
         models: prefix of the model of each parameter; ``""`` if there is one model, or no model holds it.
@@ -112,7 +112,7 @@ def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.
 
 
 def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
-    """Map ids of parameters to ``"table"`` or ``"bias"``; other parameters are left out."""
+    """Map ids of parameters to ``"table"``, ``"bias"`` or ``"norm"``; other parameters are left out."""
     roles = {}
     for module in (module for model in models.values() for module in model.modules()):
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -120,7 +120,14 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
             roles[id(weight)] = "table"
         elif weight is not None and weight.ndim > 1 and bias is not None:
             roles[id(bias)] = "bias"
+        elif weight is not None and _is_norm(module):
+            roles[id(weight)] = "norm"
     return roles
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm layer; libraries have their own RMS norms, which are norms by name only."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) or "norm" in type(module).__name__.lower()
 
 
 _PROPORTIONAL = re.compile(r"SGD|LBFGS|Momentum|Nesterov", re.IGNORECASE)
