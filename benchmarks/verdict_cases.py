@@ -1,7 +1,8 @@
 """The verdict on stock models, where a false alarm is the worst fault, and on broken ones, where a miss is.
 
 ``python -m benchmarks.verdict_cases FILE PART`` measures what ``FILE`` does not hold yet; PART is ``held-out``,
-``seen``, ``sizes`` (stock models at half and double size, 2 to 1,000 classes) or ``flips`` (other batches and seeds).
+``seen``, ``sizes`` (stock models at half and double size, 2 to 1,000 classes), ``flips`` (other batches and seeds) or
+``watched`` (the stock models under ``watch``, with the flow and without).
 ``figures()`` sums up what is kept in ``results/verdict_cases_rows.json``.
 """
 
@@ -38,6 +39,28 @@ def host_row(host: _hosts.Host, size: int, classes: int, seed: int = 0) -> dict:
     row = {"what": "host", "name": host.name, "size": size, "classes": classes, "seed": seed}
     verdict, seconds = _verdict(model, data, _hosts.loss_of(host))
     return row | verdict | {"right": verdict["state"] == "healthy", "seconds": seconds}
+
+
+def watched_row(host: _hosts.Host, flow_every: int | None, steps: int = 4) -> dict:
+    """The worst that ``watch`` says of a stock model in the first steps under the optimizer of its label."""
+    torch.manual_seed(0)
+    model, start = host.make(10, host.small).train(), time.perf_counter()
+    data = _hosts.batch(host, SAMPLES, 10, host.small)
+    optimizer = torch.optim.AdamW(model.parameters(), host.rate)
+    said = []
+    with ss.watch(model, optimizer, flow_every=flow_every) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            _hosts.value_of(host, model, data).backward()
+            optimizer.step()
+            said.append(monitor.verdict)
+    worst = next((v for v in said if v.state not in {"healthy", "unknown"}), said[-1])
+    return {
+        "what": "host", "name": host.name, "size": host.small, "classes": 10, "seed": flow_every or 0,
+        "state": worst.state, "cause": "", "where": worst.where or "", "reason": worst.reason[:160],
+        "fall": None if worst.fall_decades is None else round(worst.fall_decades, 2),
+        "right": worst.state in {"healthy", "unknown"}, "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
 
 
 def fault_row(case: _faults.Case, seed: int = 0) -> dict:
@@ -82,6 +105,11 @@ def work(part: str) -> Iterator[tuple[tuple, Any]]:
     elif part == "sizes":
         for host, size, classes in _sizes(hosts):
             yield _host_job(part, host, size, classes, 0)
+    elif part == "watched":
+        for host in hosts:
+            for flow_every in (None, 1):
+                key = (part, host.name, host.small, 10, flow_every or 0)
+                yield key, lambda host=host, flow=flow_every: watched_row(host, flow)
     elif part == "flips":
         # Mostly those that take no images: ten seeds of them are a minute's work.
         chosen = draw.sample([h for h in hosts if not h.kind.startswith("image")], 20)
@@ -152,7 +180,7 @@ def main() -> None:
     """Measure what is missing, for so many seconds; exit with 3 where something is left."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("part", choices=["held-out", "seen", "sizes", "flips"])
+    parser.add_argument("part", choices=["held-out", "seen", "sizes", "flips", "watched"])
     parser.add_argument("--seconds", type=float, default=math.inf)
     chosen = parser.parse_args()
     rows = json.loads(chosen.file.read_text())["rows"] if chosen.file.exists() else []

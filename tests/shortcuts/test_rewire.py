@@ -299,7 +299,7 @@ REFUSED = {
     "a projection before the sum": (Projected, "pre-norm", "a projection stands between"),
     "two modules read the fork": (TwoReaders, "pre-norm", "something else uses the fork"),
     "no chain": (Between, "hyper", "do not form one chain"),
-    "a gate": (Gated, "rezero", "no sum of a shortcut and a branch"),
+    "a gate": (Gated, "rezero", "not the sum of a shortcut and a branch"),
     "wider": (Block, "dense", "cannot take the place of a sum"),
     "a second branch": (Block, "shake-shake", "cannot take the place of a sum"),
     "pairs": (Block, "reversible", "in pairs"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import skipscope as ss
-from skipscope.shortcuts.finding._parts import _meet
+from skipscope.shortcuts.finding._parts import _ranges_overlap
 
 
 class Net(nn.Module):
@@ -317,4 +317,4 @@ ranges = st.builds(
 
 @given(ranges, ranges)
 def test_parts_meet_where_they_hold_the_same_place(one, other):
-    assert _meet(one, other) == _meet(other, one) == bool(set(one) & set(other))
+    assert _ranges_overlap(one, other) == _ranges_overlap(other, one) == bool(set(one) & set(other))

@@ -150,7 +150,7 @@ def test_a_folder_of_several_stores_says_which(tmp_path):
     with pytest.raises(ss.SkipscopeError, match="seed-0, seed-1"):
         ss.load(tmp_path / "s")
     assert np.array_equal(ss.load(tmp_path / "s" / "seed-1").values, band.surfaces["1"].values)
-    with pytest.raises(ss.SkipscopeError, match="no seeds"):
+    with pytest.raises(ss.SkipscopeError, match="not seeds"):
         _surface(seed=[])
 
 

@@ -120,7 +120,8 @@ class Monitor:
         # All ranks must reach the same verdict, but a rank observes only its own forward passes.
         self._lines_wanted, self._lines_sought, self._lines_known = False, world()[1] > 1, False
         self._silent: set[str] = set()  # parameters that had no gradient in the first steps
-        self._tiny: bool | None = None  # whether scales that are tiny by design hold branches back
+        # Whether scales that are tiny by design damp branches; after the first step they are no longer equal.
+        self._is_damped = any(tiny_scales(innermost(model)) for model in models.values())
         self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
         self._store = Store(
             keep, folder if self._first else None, notes_on(models, self._recorders), before, begun_at
@@ -297,9 +298,7 @@ class Monitor:
         """
         if self._lines_sought and not (self._lines_known or self._lines_wanted or self._line_search):
             return {}
-        if self._tiny is None:
-            self._tiny = any(tiny_scales(innermost(model)) for model in self._models.values())
-        if self._tiny:
+        if self._is_damped:
             return {}
         found = {
             name: p.detach()
@@ -459,7 +458,9 @@ class Monitor:
         elif self._rows:
             is_early = self._is_early()
             sizes = {} if is_early else self._weight_sizes()
-            found = self._store.verdict(self._verdict, self._missing, is_early=is_early, sizes=sizes)
+            found = self._store.verdict(
+                self._verdict, self._missing, is_early=is_early, sizes=sizes, is_damped=self._is_damped
+            )
             if not self._is_order_awaited(found):
                 self._verdict = found
             elif self._verdict.state == "unknown":

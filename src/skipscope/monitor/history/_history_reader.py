@@ -31,6 +31,8 @@ from skipscope.monitor.recording._weight_lines import WeightLines
 WINDOW = 8
 # Value in flow_norm for a boundary that was not part of the row's pass.
 NOT_RUN = -1.0
+# A gradient this much smaller than others, relative to the weight, is rounding (float32 has 7 digits).
+_ROUNDING = 1e-7
 ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
 # Since format 3, rows and lines have checksums.
@@ -204,6 +206,7 @@ def verdict_of(
     is_early: bool = False,
     lines: WeightLines | None = None,
     sizes: Mapping[str, float] | None = None,
+    is_damped: bool = False,
 ) -> LiveVerdict:
     """Judge the last rows of a history: a verdict for each chain, and the worst state for the whole.
 
@@ -215,6 +218,7 @@ def verdict_of(
         sizes: L2 norms of the weights, to find starved weights; by default these are not searched.
         lines: towers and order of execution of the parameters; by default a single tower in the model's
             order.
+        is_damped: whether trained scales damp branches by design (layer scale): a fall of the flow is none.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
     before: dict[str, LiveState] = {v.chain: v.state for v in was.chains} or {"": was.state}
@@ -222,7 +226,9 @@ def verdict_of(
     for name in names or [""]:
         part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
         so_far = before.get(name, was.state if len(names) < 2 else "unknown")
-        verdict = _verdict_of_chain(history, part, so_far, found or {}, is_early, lines or {}, sizes or {})
+        verdict = _verdict_of_chain(
+            history, part, so_far, found or {}, is_early, lines or {}, sizes or {}, is_damped
+        )
         kinds = {history.kinds[i] for i in part} if history.kinds else {""}
         verdicts.append(_live_verdict.for_optimizer(verdict, kinds, name))
     if len(verdicts) == 1:
@@ -239,6 +245,7 @@ def _verdict_of_chain(
     is_early: bool,
     lines: WeightLines,
     sizes: Mapping[str, float],
+    is_damped: bool,
 ) -> LiveVerdict:
     """Judge a chain by its flow if that was read, otherwise by the gradients of its parameters."""
     owners = {history.owners[i] for i in part}
@@ -286,7 +293,7 @@ def _verdict_of_chain(
         steps = int(steps) if math.isfinite(steps) else None
         reach = Reach(history.recurrent, steps, int(length), growth if growth > 0 else 0.0)
     relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
-    return _live_verdict.judge_flow(
+    of_flow = _live_verdict.judge_flow(
         places,
         values[own],
         step,
@@ -297,6 +304,7 @@ def _verdict_of_chain(
         relative=relative,
         starved=max(hungry, key=lambda one: one.share),
     )
+    return of_parameters if is_damped and of_flow.state == "vanishing" else of_flow
 
 
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
@@ -341,6 +349,9 @@ def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float])
         norm = float(typical[owner][i]) if owner in typical else math.nan
         if name in sizes and math.isfinite(norm) and norm > 0 and sizes[name] > 0:
             ratio[name] = norm / sizes[name]
+    # Rounding is no gradient: queries and keys that attend to a single position get 0, or its rounding.
+    least = _ROUNDING * float(np.median([*ratio.values()])) if ratio else 0.0
+    ratio = {name: value for name, value in ratio.items() if value > least}
     return starved_of(ratio, [(name,) for name in ratio])
 
 

@@ -118,10 +118,13 @@ class Store:
         *,
         is_early: bool,
         sizes: Mapping[str, float] | None = None,
+        is_damped: bool = False,
     ) -> LiveVerdict:
         """Judge the last few rows."""
         now = self._assembled(WINDOW, was, False)
-        return verdict_of(now, was, found, is_early=is_early, lines=self._lines, sizes=sizes)
+        return verdict_of(
+            now, was, found, is_early=is_early, lines=self._lines, sizes=sizes, is_damped=is_damped
+        )
 
     def close(self, verdict: LiveVerdict) -> None:
         """Close the files; on disk, mark the run as closed if all its rows were written."""

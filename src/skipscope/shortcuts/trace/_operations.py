@@ -27,7 +27,7 @@ class Operation:
         in_place: whether it writes into its first operand.
         slots_in: function from a call's arguments to its operands, or to None if the call does not
             accumulate. Without it the operands are always ``slots``.
-        is_many: whether it takes lists of tensors and applies the operation to each (``torch._foreach_add``).
+        is_many: whether it takes lists of tensors and applies the operation to each (``_foreach_add``).
     """
 
     name: str
