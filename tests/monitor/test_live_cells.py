@@ -1,11 +1,15 @@
 """What ``gradient_flow`` says of a network, ``watch`` says too: starved weights, blank positions, layers beside the line."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
+from skipscope.monitor.history import _history_reader
 
 
 def watched(model, x, loss, *, flow=None, steps=4, rate=0.0, kind=torch.optim.SGD):
@@ -184,3 +188,73 @@ def test_a_last_layer_that_starts_at_zero_is_not_dead(flow, steps):
     nn.init.zeros_(model[4].weight)
     verdict = watched(model, X, classified, flow=flow, steps=steps, rate=1e-3, kind=torch.optim.Adam)
     assert verdict.state in ({"healthy", "unknown"} if steps == 1 else {"healthy"})
+
+
+class Attention(nn.Module):
+    """Attention in other people's manner: the queries and keys of a single position get rounding."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class OneToken(nn.Module):
+    """A token of its own is read; what it is told of the others is damped by layer scale (DeiT III, CaiT)."""
+
+    def __init__(self, width=16, scale=1e-6):
+        super().__init__()
+        self.stem, self.head = nn.Linear(width, width), nn.Linear(width, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.blocks = nn.ModuleList([Attention(width) for _ in range(4)])
+        self.scales = nn.ParameterList([scale * torch.ones(width) for _ in range(4)])
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.stem(x)], 1)
+        for block, scale in zip(self.blocks, self.scales):
+            x = x + scale * block(x)
+        return self.head(x[:, 0])
+
+
+def states_of(model, batch, flow, steps=4):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    with ss.watch(model, optimizer, flow_every=flow) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            yield monitor.verdict.state
+
+
+@pytest.mark.parametrize("flow", [None, 1])
+def test_what_layer_scale_damps_is_no_vanishing_gradient_after_the_first_step_either(flow):
+    torch.manual_seed(0)
+    batch = torch.randn(8, 5, 16), torch.randint(0, 4, (8,))
+    assert set(states_of(OneToken(), batch, flow)) <= {"unknown", "healthy"}
+
+
+@pytest.mark.parametrize("flow", [None, 1])
+def test_rounding_of_queries_and_keys_that_attend_to_one_position_is_no_starved_weight(flow):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            for block in list(self)[1:-1]:
+                x = x + block(x)
+            return self[-1](x.mean(1))
+
+    torch.manual_seed(0)
+    model = Net(nn.Linear(16, 16), *[Attention() for _ in range(4)], nn.Linear(16, 4))
+    batch = torch.randn(8, 1, 16), torch.randint(0, 4, (8,))
+    assert set(states_of(model, batch, flow)) <= {"unknown", "healthy"}
+    assert model[1].q.weight.grad.abs().max() < 1e-6 * model[1].v.weight.grad.abs().max()
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(1e-5, 0.25), (1e-8, 0.0)])
+def test_a_gradient_as_small_as_the_rounding_of_others_starves_nothing(ratio, share):
+    norms = np.array([[1.0] * 9 + [ratio] * 3] * 8)
+    names = tuple(f"w{i}" for i in range(12))
+    history = SimpleNamespace(owners=(0,) * 12, optimizers=np.zeros(8, int), norm=norms, parameters=names)
+    assert _history_reader._starved(history, range(12), dict.fromkeys(names, 1.0)).share == share
