@@ -29,6 +29,7 @@ SAMPLES = 4
 SEED = 31
 # Each with weights and a batch of its own; the state may differ from that of most in 2 of 100.
 SEEDS = 10
+SHRINKING = ("torchvision/squeezenet1_1", "torchvision/alexnet")
 
 
 def host_row(host: _hosts.Host, size: int, classes: int, seed: int = 0) -> dict:
@@ -41,11 +42,11 @@ def host_row(host: _hosts.Host, size: int, classes: int, seed: int = 0) -> dict:
     return row | verdict | {"right": verdict["state"] == "healthy", "seconds": seconds}
 
 
-def watched_row(host: _hosts.Host, flow_every: int | None, steps: int = 4) -> dict:
+def watched_row(host: _hosts.Host, size: int, flow_every: int | None, steps: int = 4) -> dict:
     """The worst that ``watch`` says of a stock model in the first steps under the optimizer of its label."""
     torch.manual_seed(0)
-    model, start = host.make(10, host.small).train(), time.perf_counter()
-    data = _hosts.batch(host, SAMPLES, 10, host.small)
+    model, start = host.make(10, size).train(), time.perf_counter()
+    data = _hosts.batch(host, SAMPLES, 10, size)
     optimizer = torch.optim.AdamW(model.parameters(), host.rate)
     said = []
     with ss.watch(model, optimizer, flow_every=flow_every) as monitor:
@@ -56,7 +57,7 @@ def watched_row(host: _hosts.Host, flow_every: int | None, steps: int = 4) -> di
             said.append(monitor.verdict)
     worst = next((v for v in said if v.state not in {"healthy", "unknown"}), said[-1])
     return {
-        "what": "host", "name": host.name, "size": host.small, "classes": 10, "seed": flow_every or 0,
+        "what": "host", "name": host.name, "size": size, "classes": 10, "seed": flow_every or 0,
         "state": worst.state, "cause": "", "where": worst.where or "", "reason": worst.reason[:160],
         "fall": None if worst.fall_decades is None else round(worst.fall_decades, 2),
         "right": worst.state in {"healthy", "unknown"}, "seconds": round(time.perf_counter() - start, 1),
@@ -107,9 +108,11 @@ def work(part: str) -> Iterator[tuple[tuple, Any]]:
             yield _host_job(part, host, size, classes, 0)
     elif part == "watched":
         for host in hosts:
+            # Five halvings leave nothing of the smallest images.
+            size = host.native if host.name in SHRINKING else host.small
             for flow_every in (None, 1):
-                key = (part, host.name, host.small, 10, flow_every or 0)
-                yield key, lambda host=host, flow=flow_every: watched_row(host, flow)
+                key = (part, host.name, size, 10, flow_every or 0)
+                yield key, lambda host=host, size=size, flow=flow_every: watched_row(host, size, flow)
     elif part == "flips":
         # Mostly those that take no images: ten seeds of them are a minute's work.
         chosen = draw.sample([h for h in hosts if not h.kind.startswith("image")], 20)
