@@ -309,3 +309,15 @@ def test_a_fall_of_weights_has_to_be_greater_where_none_are_of_equal_shape(decad
     states = np.full((8, 10), STATES.index("ok"))
     verdict = judge_gradients(names, shapes, rms, states, 8, "healthy", "weights")
     assert verdict.state == state
+
+
+def test_a_matrix_is_no_norm_whatever_its_class_is_called():
+    class NormalInitLinear(nn.Linear):
+        """A linear layer with a name like that of a norm."""
+
+    model = nn.Sequential(NormalInitLinear(4, 4, bias=False), nn.RMSNorm(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watch(model, optimizer) as monitor:
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    assert monitor.history.roles == ("", "norm")

@@ -219,7 +219,7 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what torch tells ---
+    # --- callbacks from torch ---
 
     def wants_clips(self) -> bool:
         """Whether the next step of any optimizer is recorded."""

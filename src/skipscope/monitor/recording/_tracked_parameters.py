@@ -120,7 +120,7 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
             roles[id(weight)] = "table"
         elif weight is not None and weight.ndim > 1 and bias is not None:
             roles[id(bias)] = "bias"
-        elif weight is not None and _is_norm(module):
+        elif weight is not None and weight.ndim == 1 and _is_norm(module):
             roles[id(weight)] = "norm"
     return roles
 
